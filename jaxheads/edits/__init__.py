@@ -1,0 +1,34 @@
+"""Edits: what to change, where, as arrays."""
+
+from jaxheads.edits.build import (
+    attend_to,
+    clamp_neurons,
+    head_mask,
+    mask_heads,
+    offset_heads,
+    patch,
+    project_out,
+    scale_heads,
+    steer,
+)
+from jaxheads.edits.edits import Edits
+from jaxheads.edits.kinds import Affine, AttendTo, Chain, Gated, Mix, Project
+
+__all__ = [
+    "Affine",
+    "AttendTo",
+    "Chain",
+    "Edits",
+    "Gated",
+    "Mix",
+    "Project",
+    "attend_to",
+    "clamp_neurons",
+    "head_mask",
+    "mask_heads",
+    "offset_heads",
+    "patch",
+    "project_out",
+    "scale_heads",
+    "steer",
+]

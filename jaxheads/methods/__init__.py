@@ -1,0 +1,1 @@
+"""Published methods, one file each, thin over the rooms below."""

@@ -1,0 +1,135 @@
+"""Losses and metrics of a model on a batch, each differentiable in the edits.
+
+Every function takes `edits=` and is pure: wrap it in `jax.jit`, `grad` or `vmap` as needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from jaxheads.model.batch import Answers, Batch
+from jaxheads.model.context import Edit
+from jaxheads.model.transformer import Transformer
+
+Array = jax.Array
+Edits = Mapping[str, Edit]
+
+
+@struct.dataclass
+class TargetScores:
+    """How each target token is predicted, teacher forced.
+
+    Attributes:
+      losses: float32 [B,N], negative log-likelihood in nats.
+      right: bool [B,N], whether the target is the most likely token.
+      mask: bool [B,N], entries that stand for a target; the rest mean nothing.
+    """
+
+    losses: Array
+    right: Array
+    mask: Array
+
+
+def target_scores(
+    model: Transformer,
+    batch: Batch,
+    answers: Answers | None = None,
+    *,
+    edits: Edits | None = None,
+) -> TargetScores:
+    """Scores the target tokens of a batch.
+
+    Args:
+      model: the model.
+      batch: tokens; `targets` chooses what counts.
+      answers: `batch.answers()`; then only the targets are unembedded and N is their number.
+        Without it every position is, and N = T - 1.
+      edits: what to change.
+    """
+    if answers is None:
+        logits = model(batch, edits=edits).logits[:, :-1]
+        ids, mask = jnp.asarray(batch.tokens)[:, 1:], jnp.asarray(batch.target_mask)[:, 1:]
+    else:
+        logits = model(batch, edits=edits, logits_at=jnp.asarray(answers.slots)).logits
+        ids, mask = jnp.asarray(answers.ids), jnp.asarray(answers.mask)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
+    return TargetScores(losses, jnp.argmax(logits, axis=-1) == ids, mask)
+
+
+def next_token_loss(
+    model: Transformer,
+    batch: Batch,
+    answers: Answers | None = None,
+    *,
+    edits: Edits | None = None,
+) -> Array:
+    """Mean negative log-likelihood of the batch's target tokens, in nats per token."""
+    scores = target_scores(model, batch, answers, edits=edits)
+    return jnp.sum(scores.losses, where=scores.mask) / jnp.maximum(scores.mask.sum(), 1)
+
+
+def perplexity(model: Transformer, batch: Batch, *, edits: Edits | None = None) -> Array:
+    """exp of `next_token_loss`."""
+    return jnp.exp(next_token_loss(model, batch, edits=edits))
+
+
+def logit_difference(
+    model: Transformer,
+    batch: Batch,
+    answers: Array | np.ndarray,
+    wrong: Array | np.ndarray,
+    *,
+    edits: Edits | None = None,
+) -> Array:
+    """Logit of the answer minus logit of the wrong answer after each prompt.
+
+    Args:
+      model: the model.
+      batch: prompts; the logits are read at each row's last real token.
+      answers: int [B], token ids.
+      wrong: int [B], token ids.
+      edits: what to change.
+
+    Returns:
+      float32 [B], in logits.
+    """
+    logits = last_logits(model, batch, edits=edits)
+    rows = jnp.arange(logits.shape[0])
+    return logits[rows, answers] - logits[rows, wrong]
+
+
+def last_logits(model: Transformer, batch: Batch, *, edits: Edits | None = None) -> Array:
+    """Logits [B,V] after each row's last real token; the rest is not unembedded."""
+    mask = jnp.asarray(batch.mask)
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    return model(batch, edits=edits, logits_at=last[:, None]).logits[:, 0]
+
+
+def answer_scores(
+    model: Transformer,
+    batch: Batch,
+    answers: Answers | None = None,
+    *,
+    edits: Edits | None = None,
+) -> dict[str, Array]:
+    """How well each row's target tokens are predicted, teacher forced.
+
+    Args are those of `target_scores`.
+
+    Returns:
+      float32 [B] each: "loss", mean nats per target token; "token_accuracy", share of
+      target tokens that are the most likely one; "exact", 1 where all of them are.
+    """
+    scores = target_scores(model, batch, answers, edits=edits)
+    count = jnp.maximum(scores.mask.sum(axis=1), 1)
+    return {
+        "loss": jnp.sum(scores.losses, axis=1, where=scores.mask) / count,
+        "token_accuracy": jnp.sum(scores.right, axis=1, where=scores.mask) / count,
+        "exact": jnp.all(scores.right | ~scores.mask, axis=1).astype(jnp.float32),
+    }

@@ -1,0 +1,61 @@
+"""Tasks: seeded generators of examples with known answers, found by name."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from jaxheads.names import choose, unknown
+from jaxheads.tasks.counterfactual import counterfactual_capitals, true_capitals
+from jaxheads.tasks.example import Encoded, Example, Tokenizer, contrast, encode, split
+from jaxheads.tasks.haystack import needle
+from jaxheads.tasks.ioi import ioi
+from jaxheads.tasks.lookup import lookup
+from jaxheads.tasks.repeats import repeated_tokens
+
+TASKS: Mapping[str, Callable[..., list[Example]]] = MappingProxyType(
+    {
+        "counterfactual_capitals": counterfactual_capitals,
+        "ioi": ioi,
+        "lookup": lookup,
+        "needle": needle,
+        "true_capitals": true_capitals,
+    }
+)
+"""Generators by name; each takes `count`, `seed` and options of its own."""
+
+
+def options(name: str) -> tuple[str, ...]:
+    """Names of the options of a task, beyond `count` and `seed`.
+
+    Raises:
+      ValueError: there is no such task; the message suggests the nearest.
+    """
+    parameters = inspect.signature(TASKS[choose("task", name, TASKS)]).parameters
+    return tuple(p for p in parameters if p not in ("count", "seed"))
+
+
+def generate(name: str, count: int, seed: int, **chosen: Any) -> list[Example]:
+    """Examples of the task called `name`.
+
+    Args:
+      name: a name of `TASKS`.
+      count: number of examples.
+      seed: the same seed and options give the same examples.
+      **chosen: options of that task; see its own docs.
+
+    Raises:
+      ValueError: an unknown task or option, with the nearest known ones, or a value
+        the task refuses.
+    """
+    known = options(name)
+    for option in chosen:
+        if option not in known:
+            raise ValueError(unknown(f"option of task {name!r}:", option, known))
+    return TASKS[name](count, seed=seed, **chosen)
+
+
+__all__ = [
+    "TASKS", "Encoded", "Example", "Tokenizer", "contrast", "counterfactual_capitals", "encode",
+    "generate", "ioi", "lookup", "needle", "options", "repeated_tokens", "split", "true_capitals",
+]  # fmt: skip

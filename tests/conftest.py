@@ -1,0 +1,39 @@
+"""Fixtures and settings of the whole suite."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Compiled programs outlive the process, so that only the first run of the suite compiles them.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `peers` where torch is not installed."""
+    if importlib.util.find_spec("torch") is not None:
+        return
+    for item in items:
+        if item.get_closest_marker("peers"):
+            item.add_marker(pytest.mark.skip(reason="needs torch: run `make parity` once"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct and its tokenizer, loaded once: `(model, tokenizer)`."""
+    import jaxheads
+
+    return jaxheads.load("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def fixtures_dir() -> Path:
+    """The folder of recorded reference values."""
+    return ROOT / "tests" / "fixtures"
