@@ -98,10 +98,31 @@ def logit_difference(
 
     Returns:
       float32 [B], in logits.
+
+    Raises:
+      ValueError: `answers` or `wrong` is not one id of the vocabulary per row.
     """
+    rows = jnp.arange(batch.tokens.shape[0])
+    for name, ids in (("answers", answers), ("wrong", wrong)):
+        if jnp.shape(ids) != rows.shape:
+            raise ValueError(
+                f"{name} has shape {jnp.shape(ids)}, expected one id per row, {rows.shape}"
+            )
+        if not isinstance(ids, jax.core.Tracer):
+            wild = [int(i) for i in np.asarray(ids) if not 0 <= i < model.config.vocab_size]
+            if wild:
+                raise ValueError(
+                    f"{name} holds token id {wild[0]}, outside the vocabulary of "
+                    f"{model.config.vocab_size}"
+                )
     logits = last_logits(model, batch, edits=edits)
-    rows = jnp.arange(logits.shape[0])
-    return logits[rows, answers] - logits[rows, wrong]
+
+    def read(ids: Array | np.ndarray) -> Array:
+        # Under a trace, an id outside the vocabulary reads as NaN, not as some other token.
+        inside = jnp.where(jnp.asarray(ids) < 0, logits.shape[1], ids)
+        return logits.at[rows, inside].get(mode="fill", fill_value=jnp.nan)
+
+    return read(answers) - read(wrong)
 
 
 def last_logits(model: Transformer, batch: Batch, *, edits: Edits | None = None) -> Array:
@@ -124,12 +145,14 @@ def answer_scores(
 
     Returns:
       float32 [B] each: "loss", mean nats per target token; "token_accuracy", share of
-      target tokens that are the most likely one; "exact", 1 where all of them are.
+      target tokens that are the most likely one; "exact", 1 where all of them are. NaN in
+      a row without targets.
     """
     scores = target_scores(model, batch, answers, edits=edits)
-    count = jnp.maximum(scores.mask.sum(axis=1), 1)
+    count = scores.mask.sum(axis=1)
+    right = jnp.sum(scores.right, axis=1, where=scores.mask)
     return {
         "loss": jnp.sum(scores.losses, axis=1, where=scores.mask) / count,
-        "token_accuracy": jnp.sum(scores.right, axis=1, where=scores.mask) / count,
-        "exact": jnp.all(scores.right | ~scores.mask, axis=1).astype(jnp.float32),
+        "token_accuracy": right / count,
+        "exact": jnp.where(count > 0, right == count, jnp.nan),
     }

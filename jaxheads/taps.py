@@ -25,9 +25,10 @@ def head_norm(value: Array, context: Context) -> Array:
 
 
 def last_token(value: Array, context: Context) -> Array:
-    """The value at each row's last real token: [B,T,...] -> [B,...]."""
+    """The value at each row's last real query token: [B,T,...] -> [B,...]."""
     width = context.token_mask.shape[1]
     last = width - 1 - jnp.argmax(context.token_mask[:, ::-1], axis=1)
+    value = jnp.moveaxis(value, context.token_axis, 1)
     return jnp.take_along_axis(value, last.reshape(-1, *(1,) * (value.ndim - 1)), axis=1)[:, 0]
 
 
@@ -38,6 +39,7 @@ def token_sum(value: Array, context: Context) -> Array:
     carry an activation thousands of times the norm of any other.
     """
     weights = counted_tokens(context).astype(jnp.float32)
+    value = jnp.moveaxis(value, context.token_axis, 1)
     return jnp.einsum("bt,bt...->...", weights, value.astype(jnp.float32))
 
 
@@ -77,5 +79,8 @@ def _token_sums(model: Transformer, batch: Batch, site: str) -> tuple[Array, Arr
         "sum": Tap(site, token_sum),
         "count": Tap("embed", lambda value, context: counted_tokens(context).sum()),
     }
-    found = model(batch, taps=taps, logits_at=jnp.zeros((batch.tokens.shape[0], 0), int)).taps
+    nothing = jnp.zeros((batch.tokens.shape[0], 0), jnp.int32)
+    # What follows the stack is left out, unless it is what is asked for.
+    logits_at = nothing if find_site(site).stacked else None
+    found = model(batch, taps=taps, logits_at=logits_at).taps
     return found["sum"], found["count"]

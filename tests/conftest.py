@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Compiled programs outlive the process, so that only the first run of the suite compiles them.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -105,7 +105,6 @@ def test_reading_what_is_not_there_says_so(edit, message):
         logits(jh.Edits(z=edit(np.ones((3, 1, 1, 1, 1)))))
 
 
-@pytest.mark.xfail(strict=True, reason="mlp_in is width D, so the value fits, and no L is needed")
 def test_a_misspelt_value_is_suggested():
     def edit(value, context):
         return value + context.patern
@@ -167,17 +166,17 @@ def test_every_leaf_of_every_kind_has_a_gradient():
     affine = jh.Affine(1 + normal(3, 1, 1, 6, 1), normal(3, 1, 1, 6, 8))
     edits = jh.Edits(z=jh.Chain((affine, mix, project)))
     edits |= jh.attend_to(CONFIG, FOURTEEN, "self", 0.2)
-    slopes = jax.grad(lambda e: logits(e)[..., 3].sum())(edits)
+    slopes = jax.jit(jax.grad(lambda e: logits(e)[..., 3].sum()))(edits)
     leaves = jax.tree_util.tree_leaves_with_path(slopes)
     assert len(leaves) == 7
     for path, slope in leaves:
-        assert np.isfinite(slope).all() and np.abs(slope).min() >= 0, path
+        assert np.isfinite(slope).all(), path
         # Every layer and head matters: no slice of the leaf is dead.
         assert (np.abs(slope).max(axis=tuple(range(1, slope.ndim))) > 1e-4).all(), path
 
 
 def test_the_identity_changes_nothing_anywhere():
-    sites = [site for site in jh.SITES]
+    sites = list(jh.SITES)
     edits = jh.Edits.identity(CONFIG, *sites) | jh.Edits.identity(CONFIG, *sites, offset=True)
     close(logits(edits), tiny_model()(tiny_tokens()).logits, 1e-6)
 
@@ -191,9 +190,7 @@ def test_the_identity_changes_nothing_anywhere():
         ("neurons", (3, 1, 1, 1), (3, 1, 1, 56)),
         ("logits", (1, 1, 1), (1, 1, 97)),
         pytest.param(
-            "pattern", (3, 1, 6, 1, 1), (3, 1, 6, 1, 1),
-            marks=pytest.mark.xfail(strict=True, reason="the offset has no head axis"),
-        ),
+            "pattern", (3, 1, 6, 1, 1), (3, 1, 6, 1, 1)),
     ],
 )  # fmt: skip
 def test_the_identity_has_one_value_per_head_or_feature(site, scale, offset):
@@ -205,15 +202,16 @@ def test_the_gradient_of_head_scales_is_the_slope_of_the_loss():
     batch = jh.pack([list(row) for row in tiny_tokens()])
 
     @jax.jit
+    @jax.value_and_grad
     @chex.assert_max_traces(n=1)
     def loss(edits):
         return jh.next_token_loss(tiny_model(), batch, edits=edits)
 
-    slopes = jax.jit(jax.grad(loss.__wrapped__.__wrapped__))(jh.Edits.identity(CONFIG, "z"))
+    _, slopes = loss(jh.Edits.identity(CONFIG, "z"))
     for layer, head in ((0, 1), (1, 4), (2, 5)):
         step = np.zeros((3, 6), np.float32)
         step[layer, head] = 0.05
-        up, down = (loss(jh.scale_heads(CONFIG, 1 + sign * step)) for sign in (1, -1))
+        up, down = (loss(jh.scale_heads(CONFIG, 1 + sign * step))[0] for sign in (1, -1))
         np.testing.assert_allclose(
             (up - down) / 0.1, slopes["z"].scale[layer, 0, 0, head, 0], rtol=0.02, atol=2e-4
         )
@@ -246,7 +244,7 @@ def test_a_mask_of_tokens_gates_each_token_alone():
     np.testing.assert_array_equal(found[1:, 0, :3], plain[1:, 0, :3])
     np.testing.assert_array_equal(found[1:, 1, :8], plain[1:, 1, :8])
     row = tiny_model()(tiny_tokens(), edits=offset_when(mask[:1]), taps="z").taps["z"]
-    close(row[0] - plain[0], mask[:1, :, None, None] * OFFSET[0])
+    close(row[0] - plain[0], np.repeat(mask[:1, :, None, None], 2, axis=0) * OFFSET[0])
 
 
 @pytest.mark.parametrize("site", ["scores", "pattern"])
@@ -449,7 +447,7 @@ REFUSALS = {
     ),
     "patch key heads": (
         lambda: jh.patch(CONFIG, "k", np.ones((3, 2, 14, 2, 8)), heads=FEW),
-        "site 'k' [L,B,S,K,Dh] has no query head axis",
+        "site 'k' [L,B,T,K,Dh] has no query head axis",
     ),
     "patch layer": (
         lambda: jh.patch(CONFIG, "z", np.ones((3, 2, 14, 6, 8)), layers=[-1]),
@@ -478,7 +476,8 @@ REFUSALS = {
     ),
     "neuron layer": (lambda: jh.clamp_neurons(CONFIG, {(3, 0): 1.0}), "layer 3 is out of range"),
     "reference": (
-        lambda: jh.attend_to(CONFIG, FEW, "frist"), "unknown reference 'frist'. Did you mean 'first'",
+        lambda: jh.attend_to(CONFIG, FEW, "frist"),
+        "unknown reference 'frist'. Did you mean 'first'",
     ),
     "reference heads": (lambda: jh.attend_to(CONFIG, [(9, 9)], "self"), "head 9.9 is out of range"),
     "identity site": (lambda: jh.Edits.identity(CONFIG, "zz"), "unknown site 'zz'"),
@@ -492,19 +491,17 @@ def test_constructors_refuse(case):
         make()
 
 
-@pytest.mark.xfail(strict=True, reason="heads that are not pairs of integers are not checked")
 @pytest.mark.parametrize("heads", [[3], [(1.7, 2)], [(1, 2, 3)]])
 def test_heads_that_are_not_pairs_of_integers_are_refused(heads):
     with pytest.raises(ValueError, match=r"head.*(pair|\(layer, head\))"):
         jh.mask_heads(CONFIG, heads)
 
 
-@pytest.mark.xfail(strict=True, reason="QR makes up directions for dependent ones")
 def test_directions_named_twice_remove_no_more_than_once():
     direction = normal(40)
     twice = jh.project_out(CONFIG, np.stack([direction, 2 * direction]))["resid_post"]
     once = jh.project_out(CONFIG, direction)["resid_post"]
-    x = jnp.asarray(normal(1, 1, 1, 40, seed=1))
+    x = jnp.asarray(normal(3, 1, 1, 40, seed=1))
     close(twice(x, None), once(x, None))
 
 
@@ -595,17 +592,14 @@ def wrong_tensor(description):
     return description
 
 
-UNCHECKED = pytest.mark.xfail(strict=True, reason="the description is trusted")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda d: {**d, "format": 2}, "format 2, expected 1"),
-        pytest.param(lambda d: "{not json", "edits.safetensors", marks=UNCHECKED),
-        pytest.param(lambda d: {"format": 1}, "edits.safetensors", marks=UNCHECKED),
-        pytest.param(wrong_field, "strength", marks=UNCHECKED),
-        pytest.param(wrong_tensor, "nowhere", marks=UNCHECKED),
+        (lambda d: "{not json", "edits.safetensors"),
+        (lambda d: {"format": 1}, "edits.safetensors"),
+        (wrong_field, "strength"),
+        (wrong_tensor, "nowhere"),
     ],
     ids=["format", "no JSON", "no sites", "field", "tensor"],
 )
@@ -624,11 +618,11 @@ def test_files_that_hold_no_edits_are_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown kind of edit 'ScaleBySink'"):
         jh.Edits.load(path, kinds=[AddInput])
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
+    with pytest.raises(ValueError, match="not a readable file of edits"):
         jh.Edits.load(path)
     for junk in (b"", b"no such format"):
         path.write_bytes(junk)
-        with pytest.raises(ValueError, match="not a readable safetensors file"):
+        with pytest.raises(ValueError, match="not a readable file of edits"):
             jh.Edits.load(path)
     save_file({"x": jnp.ones(2)}, path)
     with pytest.raises(ValueError, match="holds no edits"):
@@ -639,7 +633,7 @@ def test_what_cannot_be_saved_is_refused_and_leaves_the_old_file(tmp_path):
     path = tmp_path / "edits.safetensors"
     jh.scale_heads(CONFIG, np.ones((3, 6))).save(path)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="z cannot be saved: .* got Partial"):
+    with pytest.raises(ValueError, match=r"z cannot be saved: .* got Partial"):
         jh.Edits(z=jax.tree_util.Partial(lambda value, context: value)).save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -656,7 +650,7 @@ def test_what_cannot_be_saved_is_refused_and_leaves_the_old_file(tmp_path):
          ["q: Affine(scale=float32[3,1,1,6,1], 14 of 18 heads changed: 0.0, 0.1, 0.2", "..."]),
         (jh.mask_heads(CONFIG, [(0, 1), (2, 5)]), ["2 of 18 heads changed: 0.1, 2.5)"]),
         (jh.attend_to(CONFIG, [(1, 2)], "self"), ["1 of 18 heads changed: 1.2", "'self'"]),
-        (jh.project_out(CONFIG, np.ones(40), layers=[1]), ["resid_post: Project(", "1 layers"]),
+        (jh.project_out(CONFIG, np.ones(40), layers=[1]), ["1 of 3 layers changed"]),
         (jh.scale_heads(CONFIG, np.ones((3, 6)), when="decode"), ["0 of 18", "when decode"]),
         (offset_when(gate_of(1, 2)) | jh.scale_heads(CONFIG, np.zeros((3, 6))),
          ["when tokens bool[1,2,14] then Affine(", "18 of 18"]),
@@ -673,17 +667,15 @@ def test_edits_print_without_values_too():
     assert "z: Affine(scale=float32[3,1,1,6,1]" in repr(shapes)
 
 
-@pytest.mark.xfail(strict=True, reason="the width or the neurons are counted as heads")
 @pytest.mark.parametrize(
     "edits",
     [jh.steer(CONFIG, {1: np.ones(40)}), jh.clamp_neurons(CONFIG, {(1, 3): 1.0})],
     ids=["steer", "neurons"],
 )
 def test_sites_without_heads_do_not_speak_of_heads(edits):
-    assert "heads" not in repr(edits) and "1 layer" in repr(edits)
+    assert "heads" not in repr(edits) and "1 of 3 layers changed" in repr(edits)
 
 
-@pytest.mark.xfail(strict=True, reason="shapes alone are read as values")
 def test_shapes_alone_say_nothing_about_what_changed():
     shapes = jax.eval_shape(lambda edits: edits, jh.mask_heads(CONFIG, FEW))
     assert "changed" not in repr(shapes)

@@ -107,14 +107,12 @@ def test_chunks_and_single_tokens_through_the_cache_equal_one_pass(side, edited)
     assert not cache.mask[:, 14:].any()
 
 
-@pytest.mark.xfail(strict=True, reason="a full cache is overwritten in silence")
 def test_a_full_cache_refuses_more_tokens():
     cache = empty_cache(tiny_model().config, batch=2, size=16).replace(length=jnp.int32(12))
     with pytest.raises(ValueError, match=r"16"):
         tiny_model()(tiny_tokens(length=6), cache=cache)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="says nothing about the cache")
 def test_a_cache_for_another_batch_is_refused_by_name():
     cache = empty_cache(tiny_model().config, batch=1, size=16)
     with pytest.raises(ValueError, match="cache"):
@@ -132,7 +130,6 @@ def test_logits_at_equals_gathering():
     close(chosen, np.take_along_axis(every, at[..., None], axis=1))
 
 
-@pytest.mark.xfail(strict=True, reason="logits_at is not checked")
 @pytest.mark.parametrize("at", [np.array([1, 2]), np.array([[14], [3]]), np.array([[1.0], [2.0]])])
 def test_logits_at_is_checked(at):
     with pytest.raises(ValueError, match="logits_at"):
@@ -227,7 +224,6 @@ def test_a_config_that_cannot_be_is_refused(changes, message):
         tiny_model().config.replace(**changes)
 
 
-@pytest.mark.xfail(strict=True, reason="the types of config fields are not checked")
 @pytest.mark.parametrize("value", ["6", 6.0])
 def test_a_config_field_of_another_type_is_refused(value):
     with pytest.raises(ValueError, match=r"config\.n_heads"):
@@ -282,13 +278,11 @@ def test_bad_tokens_are_refused(tokens, mask, message):
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
-@pytest.mark.xfail(strict=True, reason="no error of ours names the mask")
 def test_a_mask_that_is_not_bool_is_refused_by_name(dtype):
     with pytest.raises(ValueError, match=r"mask must be bool"):
         tiny_model()(tiny_tokens(), np.ones((2, 14), dtype))
 
 
-@pytest.mark.xfail(strict=True, reason="a list is taken for a pytree")
 def test_tokens_may_be_a_nested_list():
     close(tiny_model()(tiny_tokens().tolist()).logits, tiny_model()(tiny_tokens()).logits)
 
@@ -300,7 +294,7 @@ def test_a_mask_given_twice_is_refused():
 
 
 def test_an_unknown_phase_is_refused():
-    with pytest.raises(ValueError, match="unknown phase 'decoding'. Did you mean 'decode'"):
+    with pytest.raises(ValueError, match="unknown phase 'decoding'"):
         tiny_model()(tiny_tokens(), phase="decoding")
 
 
@@ -317,7 +311,7 @@ def traced_logits(tokens):
 
 @pytest.mark.parametrize(
     "bad",
-    [97, pytest.param(-1, marks=pytest.mark.xfail(strict=True, reason="wraps to the last row"))],
+    [97, pytest.param(-1)],
 )
 def test_a_token_outside_the_vocabulary_is_nan_under_a_trace(bad):
     tokens = tiny_tokens()
@@ -361,10 +355,11 @@ def test_gradients_of_the_parameters_are_the_slopes_of_the_loss():
     batch = padded("left")
 
     @jax.jit
+    @jax.value_and_grad
     def loss(model):
         return jh.next_token_loss(model, batch)
 
-    slopes = jax.grad(loss)(model).params
+    slopes = loss(model)[1].params
     for path, leaf in jax.tree_util.tree_leaves_with_path(slopes):
         name = jax.tree_util.keystr(path)
         assert np.isfinite(leaf).all(), name
@@ -375,9 +370,8 @@ def test_gradients_of_the_parameters_are_the_slopes_of_the_loss():
     step = [np.asarray(1e-3 * rng.normal(size=leaf.shape), np.float32) for leaf in leaves]
 
     def moved(sign):
-        return loss(jh.Transformer(model.config, tree.unflatten(
-            [leaf + sign * s for leaf, s in zip(leaves, step, strict=True)]
-        )))  # fmt: skip
+        parts = [leaf + sign * s for leaf, s in zip(leaves, step, strict=True)]
+        return loss(jh.Transformer(model.config, tree.unflatten(parts)))[0]
 
     slope = sum((g * s).sum() for g, s in zip(jax.tree.leaves(slopes), step, strict=True))
     np.testing.assert_allclose((moved(1) - moved(-1)) / 2, slope, rtol=2e-2)

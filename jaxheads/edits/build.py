@@ -6,6 +6,7 @@ takes `when=` as in `Edits.when`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 
 import jax
@@ -27,11 +28,16 @@ def head_mask(config: ModelConfig, heads: Heads) -> np.ndarray:
     """bool [L,H], True at the heads.
 
     Raises:
-      ValueError: a head or layer out of range, or a head named twice.
+      ValueError: not a pair of integers, a head or layer out of range, or a head named twice.
     """
     mask = np.zeros((config.n_layers, config.n_heads), bool)
     for pair in heads:
-        layer, head = (int(index) for index in pair)
+        try:
+            layer, head = (operator.index(index) for index in pair)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"heads must be (layer, head) pairs of integers, got {pair!r}"
+            ) from None
         if not (0 <= layer < config.n_layers and 0 <= head < config.n_heads):
             raise ValueError(
                 f"head {layer}.{head} is out of range: the model has layers "
@@ -216,7 +222,7 @@ def project_out(
         )
     if not isinstance(array, jax.core.Tracer) and not np.all(np.linalg.norm(array, axis=-1) > 0):
         raise ValueError("directions contain a zero vector, which spans nothing")
-    basis = jnp.linalg.qr(jnp.swapaxes(array, 1, 2))[0][:, None, None]
+    basis = _orthonormal(jnp.swapaxes(array, 1, 2))[:, None, None]
     weight = np.ones((config.n_layers, 1, 1, 1), np.float32)
     if layers is not None:
         weight[:] = 0
@@ -265,6 +271,13 @@ def attend_to(
     choose("reference", reference, REFERENCES)
     weight = strength * jnp.asarray(head_mask(config, heads), jnp.float32)
     return Edits(pattern=AttendTo(weight[:, None, :, None, None], reference)).when(when)
+
+
+def _orthonormal(vectors: Array) -> Array:
+    """A basis of the span of columns [L,D,r]; columns beyond the rank are zero."""
+    basis, sizes, _ = jnp.linalg.svd(vectors, full_matrices=False)
+    rank_limit = sizes[:, :1] * max(vectors.shape[1:]) * jnp.finfo(vectors.dtype).eps
+    return basis * (sizes > rank_limit)[:, None, :]
 
 
 def _check_layer(config: ModelConfig, layer: int) -> None:

@@ -89,9 +89,8 @@ class Edits(Mapping[str, Edit]):
         edits = {}
         for name in sites:
             site = find_site(name)
-            kept = {"L", *site.axes[2:]} if offset else {"L", "H", "K"}
             axes = ("L",) * site.stacked + site.axes
-            shape = tuple(size[a] if a in kept and a in size else 1 for a in axes)
+            shape = tuple(size[a] if a in size and (offset or a in "LHK") else 1 for a in axes)
             edits[name] = Affine(offset=jnp.zeros(shape)) if offset else Affine(jnp.ones(shape))
         return cls(edits)
 
@@ -140,7 +139,7 @@ class Edits(Mapping[str, Edit]):
         return made
 
     def __repr__(self) -> str:
-        lines = [f"  {site}: {describe(edit)}" for site, edit in self.items()]
+        lines = [f"  {site}: {describe(site, edit)}" for site, edit in self.items()]
         return "\n".join(["Edits(", *lines, ")"]) if lines else "Edits()"
 
 
@@ -159,40 +158,42 @@ def _gate(site: str, edit: Edit, when: When) -> Gated:
 _NEUTRAL = {"scale": 1.0, "offset": 0.0, "weight": 0.0}
 
 
-def describe(edit: Edit) -> str:
-    """One line about an edit: its kind, its leaves, and how much they change."""
+def describe(site: str, edit: Edit) -> str:
+    """One line about an edit: its kind, its leaves, and how many heads or layers it changes."""
     if isinstance(edit, Chain):
-        return " then ".join(describe(part) for part in edit.edits)
+        return " then ".join(describe(site, part) for part in edit.edits)
     if isinstance(edit, Gated):
         limits = [edit.phase] if edit.phase else []
         if edit.tokens is not None:
             limits.append(f"tokens {_shape(edit.tokens)}")
-        return f"{describe(edit.edit)} when {' and '.join(map(str, limits))}"
+        return f"{describe(site, edit.edit)} when {' and '.join(limits)}"
     fields = getattr(edit, "__dataclass_fields__", {})
-    parts = [_leaf(name, getattr(edit, name)) for name in fields if getattr(edit, name) is not None]
+    leaves = {name: getattr(edit, name) for name in fields}
+    parts = [_leaf(site, name, leaf) for name, leaf in leaves.items() if leaf is not None]
     return f"{type(edit).__name__}({', '.join(parts)})"
 
 
-def _leaf(name: str, value: Any) -> str:
+def _leaf(site: str, name: str, value: Any) -> str:
     if not hasattr(value, "shape"):
         return f"{name}={value!r}"
     text = f"{name}={_shape(value)}"
-    neutral = _NEUTRAL.get(name)
-    if neutral is None or isinstance(value, jax.core.Tracer) or value.ndim < 4:
+    spec = find_site(site)
+    concrete = isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.core.Tracer)
+    if name not in _NEUTRAL or not concrete or value.ndim != spec.stacked + len(spec.axes):
         return text
-    moved = np.asarray(value) != neutral
-    # [L,1,1,H,...] and [L,1,H,1,1]: the head axis is the fourth or the third.
-    heads = moved.any(axis=tuple(a for a in range(moved.ndim) if a not in (0, _heads(moved))))
-    if heads.ndim < 2 or heads.shape[1] == 1:
-        return f"{text}, {int(moved.any(axis=tuple(range(1, moved.ndim))).sum())} layers changed"
-    named = [f"{layer}.{head}" for layer, head in np.argwhere(heads)[:6]]
-    more = ", ..." if heads.sum() > len(named) else ""
+    changed = np.asarray(value) != _NEUTRAL[name]
+    axes = ("L",) * spec.stacked + spec.axes
+    heads = axes.index(spec.head_axis) if spec.head_axis else None
+    if not spec.stacked:
+        return text
+    if heads is None or changed.shape[heads] == 1:
+        layers = changed.any(axis=tuple(range(1, changed.ndim)))
+        return f"{text}, {layers.sum()} of {layers.size} layers changed"
+    moved = changed.any(axis=tuple(axis for axis in range(1, changed.ndim) if axis != heads))
+    named = [f"{layer}.{head}" for layer, head in np.argwhere(moved)[:6]]
+    more = ", ..." if moved.sum() > len(named) else ""
     listed = f": {', '.join(named)}{more}" if named else ""
-    return f"{text}, {int(heads.sum())} of {heads.size} heads changed{listed}"
-
-
-def _heads(array: np.ndarray) -> int:
-    return 2 if array.shape[2] > 1 else min(3, array.ndim - 1)
+    return f"{text}, {moved.sum()} of {moved.size} heads changed{listed}"
 
 
 def _shape(array: Array) -> str:

@@ -66,15 +66,20 @@ def load(path: str | Path, kinds: Iterable[type] = ()) -> Edits:
             if "jaxheads" not in metadata:
                 raise ValueError(f"{path} holds no edits: its metadata has no key 'jaxheads'")
             description = json.loads(metadata["jaxheads"])
+            if not isinstance(description, dict):
+                raise ValueError(f"{path} has a description that is no JSON object")
             if description.get("format") != FORMAT:
                 raise ValueError(
                     f"{path} has edits of format {description.get('format')!r}, expected {FORMAT}"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    sites = description["sites"]
-    return Edits({site: _decode(sites[site], tensors, known) for site in sites})
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a readable file of edits: {error}") from error
+    try:
+        sites = description["sites"]
+        return Edits({site: _decode(sites[site], tensors, known) for site in sites})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the description in {path} does not fit its contents: {error}") from error
 
 
 def _encode(value: Any, name: str, tensors: dict[str, Any]) -> Any:

@@ -19,7 +19,7 @@ from jaxheads.model.config import ModelConfig
 from jaxheads.model.context import Edit, layer_slices
 from jaxheads.model.parameters import flatten, nest, parameter_table
 from jaxheads.model.transformer import Transformer
-from jaxheads.sites import find_site
+from jaxheads.sites import SITES, find_site
 
 Array = jax.Array
 Weights = dict[str, Array]
@@ -51,11 +51,12 @@ def fold(model: Transformer, edits: Mapping[str, Edit]) -> Transformer:
     for site, edit in edits.items():
         _check(site, edit)
     config, params = model.config, dict(flatten(model.params))
-    for site, edit in edits.items():
-        if find_site(site).stacked:
-            params = _fold_stacked(config, params, site, edit)
-        else:
-            params, config = _fold_outside(config, params, site, edit)
+    for site in sorted(edits, key=_order):
+        fold_site = _fold_stacked if find_site(site).stacked else _fold_outside
+        try:
+            params, config = fold_site(config, params, site, edits[site])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"edit at {site!r} cannot be folded: {error}") from error
     for flag, names in BIASES.items():
         biases = [params[f"blocks/{name}"] for name in names if f"blocks/{name}" in params]
         if any(bool(jnp.any(bias)) for bias in biases):
@@ -78,6 +79,15 @@ _ROTARY = (
 _STREAM = "only an offset of the residual stream can be baked into the branch before it"
 INEXACT = {"q": _ROTARY, "k": _ROTARY, "resid_mid": _STREAM, "resid_post": _STREAM}
 """Why a map that is affine still does not fold at these sites."""
+
+
+def _order(site: str) -> tuple[bool, int]:
+    """Weights that write take up their edits in the order of computation, then readers.
+
+    A reader multiplies from the other side, and its constant must pass through what the
+    writers made of the weight.
+    """
+    return site in READERS, list(SITES).index(site)
 
 
 def unfoldable(edits: Mapping[str, Edit]) -> dict[str, str]:
@@ -106,13 +116,15 @@ def _check(site: str, edit: Edit) -> None:
             refuse(f"{type(part).__name__} is not a fixed affine map of the value")
         stacked = find_site(site).stacked
         for path, leaf in jax.tree_util.tree_leaves_with_path(part):
-            tokens = leaf.shape[stacked : stacked + 2]
+            tokens = jnp.shape(leaf)[stacked : stacked + 2]
             if tokens != (1, 1):
                 name = jax.tree_util.keystr(path).lstrip(".")
-                refuse(f"its {name} of shape {leaf.shape} differs between rows or positions")
+                refuse(f"its {name} of shape {jnp.shape(leaf)} differs between rows or positions")
 
 
-def _fold_stacked(config: ModelConfig, params: Weights, site: str, edit: Edit) -> Weights:
+def _fold_stacked(
+    config: ModelConfig, params: Weights, site: str, edit: Edit
+) -> tuple[Weights, ModelConfig]:
     names, rule = FOLDS[site]
     paths = {name: f"blocks/{name}" for name in names}
     old = {name: _leaf(config, params, path) for name, path in paths.items()}
@@ -126,8 +138,8 @@ def _fold_stacked(config: ModelConfig, params: Weights, site: str, edit: Edit) -
 
     new = jax.jit(partial(jax.lax.map, one_layer))((old, sliced))
     if not bool(jnp.all(new.pop("exact", jnp.array(True)))):
-        raise ValueError(f"edit at {site!r} cannot be folded: {INEXACT[site]}")
-    return params | {paths[n]: leaf.astype(old[n].dtype) for n, leaf in new.items()}
+        raise ValueError(INEXACT[site])
+    return params | {paths[n]: leaf.astype(old[n].dtype) for n, leaf in new.items()}, config
 
 
 def _fold_outside(
@@ -141,7 +153,7 @@ def _fold_outside(
     else:
         matrix, constant = _affine(apply, jnp.eye(config.d_model)[None])
         if bool(jnp.any(constant)):
-            raise ValueError("edit at 'final' cannot be folded: the unembedding has no bias")
+            raise ValueError("the unembedding has no bias")
         unembed = (unembed.astype(jnp.float32) @ matrix[0].T).astype(unembed.dtype)
     params = params | {"embed/tokens": table, "unembed/kernel": unembed}
     return params, config.replace(tied=False)
@@ -155,16 +167,24 @@ def _leaf(config: ModelConfig, params: Weights, path: str) -> Array:
     return jnp.zeros(full[path].shape, params["blocks/attn/o"].dtype)
 
 
+def _linear(apply: Map, vectors: Array) -> Array:
+    """vectors A: the linear part of the edit, exact however large its constant is."""
+    return jax.jvp(apply, (jnp.zeros_like(vectors),), (vectors,))[1]
+
+
+def _constant(apply: Map, vectors: Array) -> Array:
+    """c, with a token axis of one."""
+    return apply(jnp.zeros_like(vectors[:, :1]))
+
+
 def _affine(apply: Map, basis: Array) -> tuple[Array, Array]:
     """A and c of apply(x) = x A + c, from basis vectors along the token axis."""
-    constant = apply(jnp.zeros_like(basis[:, :1]))
-    return apply(basis) - constant, constant
+    return _linear(apply, basis), _constant(apply, basis)
 
 
 def _write(weight: str, bias: str, weights: Weights, apply: Map) -> Weights:
     """weight [n,...] and bias [...] of a map whose output is the site."""
-    rows = weights[weight][None]
-    moved = apply(rows) - apply(jnp.zeros_like(rows[:, :1]))
+    moved = _linear(apply, weights[weight][None])
     return {weight: moved[0], bias: apply(weights[bias][None, None])[0, 0]}
 
 
@@ -177,9 +197,9 @@ def _write_attn_out(weights: Weights, apply: Map) -> Weights:
 
 def _write_head_out(weights: Weights, apply: Map) -> Weights:
     rows = jnp.swapaxes(weights["attn/o"], 0, 1)[None]
-    constant = apply(jnp.zeros_like(rows[:, :1]))
-    moved = jnp.swapaxes((apply(rows) - constant)[0], 0, 1)
-    return {"attn/o": moved, "attn/o_bias": weights["attn/o_bias"] + constant[0, 0].sum(0)}
+    moved = jnp.swapaxes(_linear(apply, rows)[0], 0, 1)
+    constant = _constant(apply, rows)[0, 0].sum(axis=0)
+    return {"attn/o": moved, "attn/o_bias": weights["attn/o_bias"] + constant}
 
 
 def _write_rotated(weight: str, bias: str, weights: Weights, apply: Map) -> Weights:
@@ -230,6 +250,9 @@ _QKV = {"attn/q": "attn/q_bias", "attn/k": "attn/k_bias", "attn/v": "attn/v_bias
 _GATE_UP = {"mlp/gate": "mlp/gate_bias", "mlp/up": "mlp/up_bias"}
 _OUT = ("attn/o", "attn/o_bias")
 _DOWN = ("mlp/down", "mlp/down_bias")
+
+READERS = ("attn_in", "z", "mlp_in", "neurons", "final")
+"""Sites that fold into the weights that read them; the others fold into their writers."""
 
 FOLDS: dict[str, tuple[tuple[str, ...], Rule]] = {
     "attn_in": ((*_QKV, *_QKV.values()), partial(_read, _QKV)),

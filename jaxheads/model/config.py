@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            _check_type(field.name, value, field.type)
             if field.type in (int, float) and not value > 0:
                 raise ValueError(f"config.{field.name} must be positive, got {value!r}")
         if self.n_heads % self.n_kv_heads:
@@ -90,3 +92,10 @@ class ModelConfig:
     def replace(self, **changes: object) -> "ModelConfig":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _check_type(name: str, value: object, wanted: Any) -> None:
+    accepted = (int, float) if wanted is float else wanted
+    # True is an int to Python, but not a number of layers.
+    if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
+        raise ValueError(f"config.{name} must be {wanted.__name__}, got {value!r}")

@@ -107,7 +107,7 @@ class Context:
       start: slot of the first query token (0 without a cache).
       phase: "prefill" or "decode".
       layer: int scalar, index of the block; None outside the stack.
-      site: the site being edited, "" between sites.
+      site: the site being edited or tapped.
       edits: the edits that may act, by site.
       taps: the taps, by result name.
       values: values computed so far, by site.
@@ -140,7 +140,7 @@ class Context:
         """
         if site in self.edits:
             value = self._edit(site, value)
-        context = dataclasses.replace(self, values={**self.values, site: value})
+        context = dataclasses.replace(self, values={**self.values, site: value}, site=site)
         collected = {
             name: value if tap.reduce is None else tap.reduce(value, context)
             for name, tap in self.taps.items()
@@ -167,7 +167,7 @@ class Context:
 
     @property
     def token_axis(self) -> int:
-        """Axis of the query tokens in the value of the site being edited."""
+        """Axis of the query tokens in the value of `site`."""
         axes = SITES[self.site].axes
         return axes.index("T")
 
@@ -188,7 +188,8 @@ class Context:
         if name in values:
             return values[name]
         if name not in SITES:
-            raise AttributeError(unknown("attribute of context", name, (*values, "positions")))
+            fields = (field.name for field in dataclasses.fields(self))
+            raise AttributeError(unknown("attribute of context", name, (*SITES, *fields)))
         if name in (*ATTENTION_MAPS, "head_out"):
             raise AttributeError(
                 f"context.{name} is not computed unless asked for: name it in `needs`"

@@ -167,7 +167,10 @@ class Transformer(nnx.Module):
         edits = {} if edits is None else edits
         for site in edits:
             find_site(site)
+        if not hasattr(tokens, "shape"):
+            tokens = np.asarray(tokens)
         check_tokens(self.config, tokens, mask, cache)
+        _check_slots(logits_at, *tokens.shape)
         return _forward(self, tokens, mask, edits, as_taps(taps), cache, logits_at, phase=phase)
 
 
@@ -190,19 +193,44 @@ def check_tokens(
         raise ValueError(f"tokens of shape {shape} are empty: a prompt needs at least one token")
     if mask is not None and jnp.shape(mask) != shape:
         raise ValueError(f"mask has shape {jnp.shape(mask)}, expected that of tokens, {shape}")
+    if mask is not None and jnp.asarray(mask).dtype != bool:
+        raise ValueError(f"mask must be bool, got {jnp.asarray(mask).dtype}")
     if shape[1] > config.context_length:
         raise ValueError(
             f"a sequence of {shape[1]} tokens exceeds the model's context of "
             f"{config.context_length}"
         )
-    if cache is not None and shape[1] > cache.size:
-        raise ValueError(f"{shape[1]} tokens do not fit a cache of {cache.size} slots")
+    if cache is not None:
+        if cache.mask.shape[0] != shape[0]:
+            raise ValueError(f"{shape[0]} rows do not fit a cache of {cache.mask.shape[0]} rows")
+        known = not isinstance(cache.length, jax.core.Tracer)
+        used = int(cache.length) if known else 0
+        if used + shape[1] > cache.size:
+            after = f" after {used} others" if used else ""
+            raise ValueError(f"{shape[1]} tokens{after} do not fit a cache of {cache.size} slots")
     if not isinstance(tokens, jax.core.Tracer):
         ids = np.asarray(tokens)
         low, high = ids.min(), ids.max()
         if low < 0 or high >= config.vocab_size:
             bad = low if low < 0 else high
             raise ValueError(f"token id {bad} is outside the vocabulary of {config.vocab_size}")
+
+
+def _check_slots(logits_at: Array | np.ndarray | None, rows: int, width: int) -> None:
+    if logits_at is None:
+        return
+    shape = jnp.shape(logits_at)
+    dtype = jnp.asarray(logits_at).dtype
+    if len(shape) != 2 or shape[0] != rows or not np.issubdtype(dtype, np.integer):
+        raise ValueError(
+            f"logits_at must be integers of shape [B,N] with B={rows}, got {dtype} of {shape}"
+        )
+    if not isinstance(logits_at, jax.core.Tracer) and logits_at.size:
+        slots = np.asarray(logits_at)
+        if slots.min() < 0 or slots.max() >= width:
+            raise ValueError(
+                f"logits_at must lie in 0..{width - 1}, got {slots.min()} to {slots.max()}"
+            )
 
 
 @partial(jax.jit, static_argnames=("phase",))
@@ -225,7 +253,8 @@ def _forward(
 
     table = model.embed.tokens[...]
     # An id outside the vocabulary becomes NaN rather than some other token.
-    embedded = jnp.take(table, tokens, axis=0, mode="fill").astype(config.compute_dtype)
+    rows = jnp.where(tokens < 0, config.vocab_size, tokens)
+    embedded = jnp.take(table, rows, axis=0, mode="fill").astype(config.compute_dtype)
     x, context = context.visit("embed", embedded)
 
     def body(x: Array, layer: tuple) -> tuple[Array, tuple]:
@@ -240,7 +269,7 @@ def _forward(
 
     if logits_at is not None:
         context = _read_at(context, logits_at)
-        x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
+        x = jnp.take_along_axis(x, jnp.asarray(logits_at)[..., None], axis=1)
     x, context = context.visit("final", model.final_norm(x, config.norm_eps))
     kernel = table if model.unembed is None else model.unembed.kernel[...]
     logits = jnp.einsum(

@@ -2,7 +2,16 @@
 
 from jaxheads.train.checkpoint import Checkpoints
 from jaxheads.train.data import batches
-from jaxheads.train.loop import NotFinite, run
+from jaxheads.train.loop import NotFinite, OnStep, run
 from jaxheads.train.step import TrainState, make_step, start
 
-__all__ = ["Checkpoints", "NotFinite", "TrainState", "batches", "make_step", "run", "start"]
+__all__ = [
+    "Checkpoints",
+    "NotFinite",
+    "OnStep",
+    "TrainState",
+    "batches",
+    "make_step",
+    "run",
+    "start",
+]

@@ -56,7 +56,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> Step:
         )
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": value, "gradient_norm": optax.global_norm(gradient)} | metrics
+        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradient)} | metrics
         return TrainState(state.step + 1, trainable, optimizer_state), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,251 @@
+"""The demonstration: find retrieval heads, mask them, tune heads with LoFiT, save, report.
+
+Everything is real: SmolLM2-135M-Instruct, its retrieval heads against random ones, LoFiT on
+imagined capitals against random heads and the frozen model on held-out facts, and the tuned
+model saved twice, reloaded and compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import jaxheads as jh
+from jaxheads import tasks
+from jaxheads.demo.page import build_report, summary
+from jaxheads.methods import lofit, retrieval_heads
+from jaxheads.report import write
+from jaxheads.text import Tokenizer
+from jaxheads.train import OnStep
+
+MODEL = "smollm2-135m-instruct"
+MASKED_SHARE = 0.05
+DRAWS = 5
+SETTINGS = lofit.Lofit(
+    batch_size=8,
+    importance=lofit.Importance(steps=24),
+    offsets=lofit.Offsets(steps=24),
+)
+SENTENCES = (
+    "When Mary and John went to the store, John gave a drink to Mary. "
+    "When Mary and John went to the park, John gave a flower to Mary."
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the stages share: where results go and how progress is shown."""
+
+    out: Path
+    seed: int
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+        """A progress bar; yields what advances it, and records the stage's seconds."""
+        bar = self.progress.add_task(name, total=total)
+        begun = time.perf_counter()
+        yield lambda *_: self.progress.advance(bar)
+        self.progress.update(bar, completed=total)
+        self.seconds[name] = time.perf_counter() - begun
+
+
+def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> dict[str, Any]:
+    """Runs the demonstration and writes its results.
+
+    Args:
+      out: folder for results.json, report.html, edits.safetensors, checkpoint/ and export/;
+        made if needed. A folder with other contents is refused.
+      seed: of prompts, splits, random heads and training.
+      console: where progress and the table of results go; default the terminal.
+
+    Returns:
+      The results, as written to results.json.
+
+    Raises:
+      ValueError: `out` holds something other than an earlier demonstration.
+      OSError: `out` cannot be written.
+    """
+    console = console or Console()
+    _claim(out)
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        run = Run(out, seed, progress)
+        model, tokenizer = _load(run)
+        found = _retrieval(run, model, tokenizer)
+        tuned = _lofit(run, model, tokenizer)
+        saved = _save_and_reload(run, model, tokenizer, tuned.pop("edits"), tuned.pop("probe"))
+        pictures = _patterns(run, model, tokenizer, found["top"][0])
+        results = {"model": MODEL, "seed": seed, "retrieval": found, "lofit": tuned} | saved
+        results["seconds"] = run.seconds
+        with run.stage("write the report", 1) as advance:
+            write(build_report(results, pictures), out / "report.html")
+            advance()
+    _write_json(out / "results.json", results)
+    console.print(_table(results))
+    for name in ("report.html", "results.json", "edits.safetensors", "checkpoint", "export"):
+        console.print(f"  {out / name}", highlight=False)
+    return results
+
+
+def _claim(out: Path) -> None:
+    """Makes `out` ready, or says why not, before any work."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not (out / "results.json").is_file():
+            raise ValueError(f"{out} is not empty and holds no earlier demonstration")
+        for name in ("checkpoint", "export"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        (out / "results.json").unlink()
+    out.mkdir(parents=True, exist_ok=True)
+    # An early, visible mark: a demonstration that is stopped can be started again.
+    _write_json(out / "results.json", {"model": MODEL, "unfinished": True})
+
+
+def _load(run: Run) -> tuple[jh.Transformer, Tokenizer]:
+    with run.stage("load the model", 1) as advance:
+        model, tokenizer = jh.load(MODEL)
+        advance()
+    return model, tokenizer
+
+
+def _retrieval(run: Run, model: jh.Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Scores all heads on lookups; masks the best and random ones on other lookups."""
+    examples = tasks.lookup(10, seed=run.seed)
+    length = tasks.encode(examples, tokenizer).batch.tokens.shape[1]
+    with run.stage("find retrieval heads", 1) as advance:
+        scored = tasks.encode(examples[:5], tokenizer, length=length)
+        scores = retrieval_heads.retrieval_scores(model, scored)
+        advance()
+    count = round(MASKED_SHARE * scores.size)
+    top = retrieval_heads.top_heads(scores, count)
+    with run.stage("mask retrieval and random heads", DRAWS + 2) as advance:
+        held_out = tasks.encode(examples[5:], tokenizer, length=length)
+        experiment = retrieval_heads.masking_experiment(
+            model,
+            held_out,
+            top,
+            text=tokenizer(SENTENCES),
+            draws=DRAWS,
+            seed=run.seed,
+            on_progress=advance,
+        )
+    return {"scores": scores.tolist(), "top": top, "masking": experiment["runs"]}
+
+
+def _lofit(run: Run, model: jh.Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Both stages of LoFiT, and as many random heads trained just as long."""
+    examples = tasks.counterfactual_capitals(120, seed=run.seed, kind="two_facts")
+    train, held_out = tasks.split(examples, 0.25, run.seed)
+    length = tasks.encode(examples, tokenizer).batch.tokens.shape[1]
+    batch, held = (tasks.encode(side, tokenizer, length=length).batch for side in (train, held_out))
+    stage_1, stage_2 = SETTINGS.importance, SETTINGS.offsets
+    curves: dict[str, list[float]] = {}
+
+    def record(name: str, advance: Callable[..., None]) -> OnStep:
+        def on_step(step: int, metrics: dict[str, float]) -> None:
+            curves.setdefault(name, []).append(metrics["task_loss"])
+            advance()
+
+        return on_step
+
+    with run.stage("LoFiT: find heads", stage_1.steps) as advance:
+        on_step = record("importance", advance)
+        importance = lofit.find_heads(model, batch, SETTINGS, on_step=on_step)
+    sets = lofit.head_sets(importance, stage_2.heads, DRAWS, run.seed)
+    rows: list[dict[str, Any]] = [{"name": "frozen", "heads": []} | lofit.evaluate(model, held)]
+    edits = {}
+    with run.stage("LoFiT: train chosen and random", len(sets) * stage_2.steps) as advance:
+        for name, heads in sets.items():
+            on_step = record(name, advance)
+            trained = lofit.train_offsets(model, batch, heads, SETTINGS, on_step=on_step)
+            rows.append({"name": name, "heads": heads} | lofit.evaluate(model, held, trained))
+            edits[name] = trained
+    return {
+        "importance": importance.tolist(),
+        "train": len(train),
+        "held_out": len(held_out),
+        "parameters": stage_2.heads * model.config.head_dim,
+        "runs": rows,
+        "curves": curves,
+        "edits": edits["chosen"],
+        "probe": held,
+    }
+
+
+def _save_and_reload(
+    run: Run, model: jh.Transformer, tokenizer: Tokenizer, edits: jh.Edits, probe: jh.Batch
+) -> dict[str, Any]:
+    """Saves edits, checkpoint and export; reloads each and compares their logits."""
+    out = run.out
+    few = jh.Batch(probe.tokens[:8], probe.mask[:8])
+    real = few.mask[..., None]
+    expected = model(few, edits=edits).logits
+
+    def difference(other: jh.Transformer, with_edits: jh.Edits | None = None) -> float:
+        gap = jnp.abs(other(few, edits=with_edits).logits - expected)
+        return float(jnp.max(gap, where=real, initial=0))
+
+    with run.stage("save, export, reload", 5) as advance:
+        edits.save(out / "edits.safetensors")
+        folded = jh.fold(model, edits)
+        advance()
+        jh.save(folded, tokenizer, out / "checkpoint")
+        advance()
+        jh.export(folded, out / "export", tokenizer=tokenizer)
+        advance()
+        agreement = {"edits file": difference(model, jh.Edits.load(out / "edits.safetensors"))}
+        agreement["checkpoint"] = difference(jh.load(out / "checkpoint")[0])
+        advance()
+        agreement["export"] = difference(jh.load(out / "export")[0])
+        advance()
+    scale = float(jnp.max(jnp.abs(expected), where=real, initial=0))
+    return {"agreement": agreement, "logit_scale": scale}
+
+
+def _patterns(
+    run: Run, model: jh.Transformer, tokenizer: Tokenizer, head: retrieval_heads.Head
+) -> dict[str, Any]:
+    """What the best retrieval head looks at, over real tokens."""
+    layer, index = head
+    prompt = tasks.lookup(1, seed=run.seed, pairs=3, shots=0)[0]
+    pictures = {}
+    with run.stage("draw the best head", 2) as advance:
+        for name, text in (("lookup", prompt.prompt), ("sentences", SENTENCES)):
+            ids = tokenizer.encode(text)
+            found = model(np.asarray([ids]), taps="pattern").taps["pattern"]
+            pattern = np.asarray(found[layer, 0, index])
+            pictures[name] = {"tokens": tokenizer.pieces(ids), "pattern": pattern}
+            advance()
+    return {"head": head} | pictures
+
+
+def _table(results: dict[str, Any]) -> Table:
+    table = Table(title=f"{results['model']}: chosen heads against {DRAWS} random draws")
+    for column in ("", "unedited", "chosen heads", "random heads"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in summary(results):
+        table.add_row(*row)
+    for name, value in results["agreement"].items():
+        table.add_row(f"largest logit difference, {name}", "", f"{value:.1e}", "")
+    table.add_row("seconds in all", "", f"{sum(results['seconds'].values()):.0f}", "")
+    return table
+
+
+def _write_json(path: Path, content: Any) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
