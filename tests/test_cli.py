@@ -457,6 +457,9 @@ def test_train_names_a_mistyped_key_and_flag(
     assert "--offsets.learning-rate" in capsys.readouterr().err
     many = told(capsys, *argv, "--offsets.heads", "9")
     assert "offsets.heads 9" in many and "12 heads" in many
+    # What was wrong leaves no folder that would refuse what is right.
+    assert not (tmp_path / "run").exists()
+    assert "cannot write" in told(capsys, "train", argv[1], "--workdir", f"{bad}/run")
 
 
 def test_train_tells_a_loss_that_is_not_finite(

@@ -110,27 +110,29 @@ def test_parameter_table_equals_the_code() -> None:
     assert found == {p: f"[{','.join(x.axes)}]" for p, x in parameter_table(BIASED).items()}
 
 
-def commands_in(page: Path) -> set[str]:
-    """Commands on shell lines of fenced blocks, and in code spans."""
+def commands_in(page: Path) -> dict[str, set[str]]:
+    """Commands on shell lines of fenced blocks and in code spans, with the flags they are given."""
     text = page.read_text()
-    lines = [
-        line
-        for kind, block in FENCE.findall(text)
-        if kind != "python"
-        for line in block.splitlines()
-    ]
+    shell = [block for kind, block in FENCE.findall(text) if kind != "python"]
+    lines = [line.partition("#")[0] for block in shell for line in block.splitlines()]
     lines += re.findall(r"`(jaxheads [^`]+)`", FENCE.sub("", text))
-    found = [re.match(r"\s*(?:\$ )?jaxheads ([a-z]\w*)", line) for line in lines]
-    return {match[1] for match in found if match}
+    found: dict[str, set[str]] = {}
+    for line in lines:
+        if command := re.match(r"\s*jaxheads ([a-z]\w*)", line):
+            found.setdefault(command[1], set()).update(re.findall(r"(?<=\s)--[a-z][\w.-]*", line))
+    return found
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if commands_in(p)], ids=name_of)
-def test_commands_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_and_flags_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from jaxheads.cli import main
 
-    for command in sorted(commands_in(page)):
+    for command, flags in commands_in(page).items():
         assert main([command, "--help"]) == 0, command
-        assert f"jaxheads {command}" in capsys.readouterr().out
+        told = capsys.readouterr().out
+        assert f"jaxheads {command}" in told
+        for flag in flags:
+            assert re.search(rf"{re.escape(flag)}(?![\w-])", told), f"{command} {flag}"
 
 
 def test_every_command_has_its_section() -> None:

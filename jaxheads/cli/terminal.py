@@ -30,17 +30,18 @@ def fail(message: str, code: int = 2) -> int:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Prints a table; floats with four digits after the point."""
+    """Prints a title and a table; floats with four digits after the point."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     rows = [list(row) for row in rows]
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD)
     for index, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
+    say(title)  # Not as the table's own, which would wrap it to the width of the columns.
     stdout().print(table)
 
 

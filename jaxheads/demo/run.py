@@ -221,7 +221,7 @@ def _patterns(
 ) -> dict[str, Any]:
     """What the best retrieval head looks at, over real tokens."""
     layer, index = head
-    prompt = tasks.lookup(1, seed=run.seed, pairs=3, shots=0)[0]
+    prompt = tasks.lookup(1, seed=run.seed, pairs=3, shots=0, values="hex")[0]
     pictures = {}
     with run.stage("draw the best head", 2) as advance:
         for name, text in (("lookup", prompt.prompt), ("sentences", SENTENCES)):

@@ -33,7 +33,7 @@ from jaxheads.model.config import DTYPES
 from jaxheads.names import choose
 from jaxheads.text import Tokenizer
 from jaxheads.train import Checkpoints
-from jaxheads.train.workdir import CONFIG, MetricsLog, claim, read_json
+from jaxheads.train.workdir import CONFIG, MetricsLog, check_claim, claim, read_json
 
 RESULTS, IMPORTANCE, EDITS, METRICS = (
     "results.json", "importance.json", "edits.safetensors", "metrics.jsonl",
@@ -131,12 +131,12 @@ def split_examples(config: LofitRun) -> tuple[list[tasks.Example], list[tasks.Ex
 
 
 def finished(config: LofitRun, workdir: Path) -> dict[str, Any] | None:
-    """Claims the folder; the results if the run is already complete there.
+    """The results, if the run is already complete in the folder; changes nothing.
 
     Raises:
-      ValueError: the folder belongs to another run.
+      ValueError: the folder belongs to another run, or cannot be made.
     """
-    claim(workdir, asdict(config))
+    check_claim(workdir, asdict(config))
     path = workdir / RESULTS
     return read_json(path) if path.is_file() else None
 
@@ -156,7 +156,7 @@ def run_lofit(
       config: the settings.
       model: the frozen model.
       tokenizer: its tokenizer.
-      workdir: the folder, claimed with `finished`.
+      workdir: the folder; new, empty, or that of the same run.
       on_step: called with (stage, steps done, metrics).
       on_evaluation: called with the name of what is about to be measured.
 
@@ -165,7 +165,7 @@ def run_lofit(
       "random 1", ...), the number of examples, and the versions used.
 
     Raises:
-      ValueError: settings that do not fit the model.
+      ValueError: settings that do not fit the model, or the folder of another run.
       NotFinite: the loss became NaN.
     """
     _check_heads(config, model.config)
@@ -173,6 +173,8 @@ def run_lofit(
     batch, measured = (
         tasks.encode(side, tokenizer, length=config.task.length).batch for side in (train, held_out)
     )
+    # Only now: settings that were wrong leave no folder behind.
+    claim(workdir, asdict(config))
     log = MetricsLog(workdir / METRICS)
 
     def stage(name: str, work: Callable[..., Any]) -> Any:

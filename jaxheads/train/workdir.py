@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxheads.files import write_json, write_text
+from jaxheads.files import check_target, write_json, write_text
 from jaxheads.train.config import flatten_config
 
 CONFIG = "config.json"
 _ABSENT = object()
 
 
-def claim(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Makes the folder of a run, or finds it again.
+def check_claim(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Refuses a folder that a run may not use; changes nothing.
 
     Args:
       workdir: the folder.
@@ -23,8 +23,7 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
 
     Raises:
       ValueError: the folder belongs to a run with other settings (the message names them),
-        or holds other things.
-      OSError: it cannot be made.
+        holds other things, or cannot be made.
     """
     path = workdir / CONFIG
     if path.is_file():
@@ -39,11 +38,17 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
                 f"{workdir} holds a run with other settings: {'; '.join(different)}. "
                 "Choose another --workdir"
             )
-        return
-    if workdir.is_dir() and any(workdir.iterdir()):
+    elif workdir.is_dir() and any(workdir.iterdir()):
         raise ValueError(f"{workdir} is not empty and holds no run: choose another --workdir")
+    check_target(path)
+
+
+def claim(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Makes the folder of a run, or finds it again; raises as `check_claim`."""
+    check_claim(workdir, config)
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, config)
+    if not (workdir / CONFIG).is_file():
+        write_json(workdir / CONFIG, config)
 
 
 def read_json(path: Path) -> dict[str, Any]:
