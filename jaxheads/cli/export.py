@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -120,8 +119,9 @@ def _check_same(
 ) -> None:
     import numpy as np
 
-    text = resources.files("jaxheads.text").joinpath("sample.txt").read_text("utf-8")
-    tokens = np.asarray([tokenizer.encode(text)[: min(64, model.config.context_length)]])
+    from jaxheads.text import sample_text
+
+    tokens = np.asarray([tokenizer.encode(sample_text())[: min(64, model.config.context_length)]])
     wanted = np.asarray(model(tokens, edits=edits).logits)
     found = np.asarray(folded(tokens, edits=rest).logits)
     error = float(np.abs(found - wanted).max() / np.abs(wanted).max())

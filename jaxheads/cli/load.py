@@ -6,7 +6,6 @@ import dataclasses
 import math
 import time
 from contextlib import nullcontext
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,9 +68,9 @@ def perplexity_line(name: str, model: Transformer, tokenizer: Tokenizer) -> str:
     """Perplexity on jaxheads/text/sample.txt, beside the known value of a named model."""
     import jaxheads
     from jaxheads.convert import NAMED_MODELS
+    from jaxheads.text import sample_text
 
-    text = resources.files("jaxheads.text").joinpath("sample.txt").read_text("utf-8")
-    ids = tokenizer.encode(text)[: model.config.context_length]
+    ids = tokenizer.encode(sample_text())[: model.config.context_length]
     found = float(jaxheads.perplexity(model, jaxheads.pack([ids])))
     line = f"perplexity {found:.2f} on {len(ids)} tokens of English"
     known = NAMED_MODELS[name].perplexity if name in NAMED_MODELS else None

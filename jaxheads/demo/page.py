@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxheads.report import (
-    Report,
-    attention_pattern,
-    bars,
-    curves,
-    head_heatmap,
-    token_strip,
-)
+from jaxheads.report import Report, attention_pattern, bars, head_heatmap, token_strip
+from jaxheads.report.lofit import add_lofit
 
 COLUMNS = ("", "unedited", "chosen heads", "random heads")
 
@@ -22,7 +17,7 @@ COLUMNS = ("", "unedited", "chosen heads", "random heads")
 def summary(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """Rows of (what, unedited, chosen heads, range of the random heads)."""
     masking = {row["name"]: row for row in results["retrieval"]["masking"]}
-    tuned = {row["name"]: row for row in results["lofit"]["runs"]}
+    tuned = results["lofit"]["held_out"]
     rows = []
     for what, runs, plain, key in (
         ("answer loss, heads masked", masking, "clean", "answer_loss"),
@@ -37,8 +32,8 @@ def summary(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def build_report(results: dict[str, Any], pictures: dict[str, Any]) -> Report:
-    """The page, from the results and the attention of the best head."""
+def build_report(results: dict[str, Any], pictures: dict[str, Any], lofit: Path) -> Report:
+    """The page, from the results, the attention of the best head and the folder of the run."""
     report = Report("Heads that retrieve, heads that learn", results["model"])
     report = report.section(
         "Results",
@@ -46,11 +41,11 @@ def build_report(results: dict[str, Any], pictures: dict[str, Any]) -> Report:
         "as many random heads (range over the draws). Losses are in nats per token.",
     ).table(COLUMNS, summary(results), "Chosen heads against random heads")
     report = _retrieval(report, results["retrieval"], pictures)
-    report = _lofit(report, results["lofit"])
+    report = add_lofit(report, lofit)
     rows = [(name, f"{gap:.1e}") for name, gap in results["agreement"].items()]
     report = report.section(
         "Saved and loaded again",
-        "The tuned model was written three ways and read back; the table gives the largest "
+        "The tuned model was written in two ways and read back; the table gives the largest "
         f"difference of any logit (their scale is {results['logit_scale']:.1f}). The checkpoint "
         "and the export hold the offsets folded into the bias of the output projection.",
     ).table(("read back from", "largest difference"), rows, "Agreement with the live edit")
@@ -80,7 +75,7 @@ def _retrieval(report: Report, found: dict[str, Any], pictures: dict[str, Any]) 
     groups = _groups(found["masking"], "text_loss", "clean")
     report = report.figure(
         bars(groups, title="Plain-text loss with heads masked", ylabel="nats per token"),
-        "The same masks on two plain sentences.",
+        "The same masks on a paragraph of plain English.",
     )
     layer, head = pictures["head"]
     sentences, lookup = pictures["sentences"], pictures["lookup"]
@@ -97,39 +92,6 @@ def _retrieval(report: Report, found: dict[str, Any], pictures: dict[str, Any]) 
         label="attention weight",
     )
     return report.html(strip)
-
-
-def _lofit(report: Report, tuned: dict[str, Any]) -> Report:
-    importance = np.asarray(tuned["importance"])
-    runs = tuned["runs"]
-    chosen = [tuple(head) for run in runs if run["name"] == "chosen" for head in run["heads"]]
-    report = report.section(
-        "LoFiT on imagined capitals",
-        f"Stage one learns a factor for every head and ranks heads by it; stage two trains one "
-        f"offset for each of the {len(chosen)} best, {tuned['parameters']} numbers in all, on "
-        f"{tuned['train']} examples. The {tuned['held_out']} held-out examples share no country "
-        "and no city with them. Every other parameter of the model stays as it is.",
-    )
-    report = report.figure(
-        head_heatmap(importance, title="Importance", label="norm of the factor", mark=chosen),
-        "Norm of the factor learned for each head.",
-    )
-    series = {
-        name: (np.arange(1, len(values) + 1), np.asarray(values))
-        for name, values in tuned["curves"].items()
-        if name != "importance"
-    }
-    report = report.figure(
-        curves(series, title="Training", xlabel="step", ylabel="nats per token", log_y=True),
-        "Training loss of the offsets.",
-    )
-    for key, title, label in (
-        ("loss", "Held-out loss", "nats per token"),
-        ("exact", "Held-out exact match", "share of answers"),
-    ):
-        groups = _groups(runs, key, "frozen")
-        report = report.figure(bars(groups, title=title, ylabel=label), f"{title} by heads tuned.")
-    return report
 
 
 def _groups(runs: Sequence[dict[str, Any]], key: str, plain: str) -> dict[str, list[float]]:

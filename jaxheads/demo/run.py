@@ -7,13 +7,11 @@ model saved twice, reloaded and compared.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +24,23 @@ from rich.table import Table
 import jaxheads as jh
 from jaxheads import tasks
 from jaxheads.demo.page import build_report, summary
-from jaxheads.methods import lofit, retrieval_heads
+from jaxheads.files import write_json
+from jaxheads.methods import retrieval_heads
+from jaxheads.methods.lofit import Importance, Offsets
+from jaxheads.methods.lofit_run import LofitRun, Task, run_lofit, split_examples
 from jaxheads.report import write
-from jaxheads.text import Tokenizer
-from jaxheads.train import OnStep
+from jaxheads.text import Tokenizer, sample_text
+from jaxheads.train.workdir import read_json
 
 MODEL = "smollm2-135m-instruct"
 MASKED_SHARE = 0.05
 DRAWS = 5
-SETTINGS = lofit.Lofit(
-    batch_size=8,
-    importance=lofit.Importance(steps=24),
-    offsets=lofit.Offsets(steps=24),
+LOFIT = LofitRun(
+    model=MODEL,
+    controls=DRAWS,
+    task=Task(count=120, options={"kind": "two_facts"}),
+    importance=Importance(steps=24),
+    offsets=Offsets(steps=24),
 )
 SENTENCES = (
     "When Mary and John went to the store, John gave a drink to Mary. "
@@ -68,8 +71,9 @@ def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> dict[s
     """Runs the demonstration and writes its results.
 
     Args:
-      out: folder for results.json, report.html, edits.safetensors, checkpoint/ and export/;
-        made if needed. A folder with other contents is refused.
+      out: folder for results.json, report.html, lofit/ (the training run with its edits),
+        checkpoint/ and export/ (the tuned model); made if needed. A folder with other
+        contents is refused.
       seed: of prompts, splits, random heads and training.
       console: where progress and the table of results go; default the terminal.
 
@@ -88,31 +92,33 @@ def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> dict[s
         model, tokenizer = _load(run)
         found = _retrieval(run, model, tokenizer)
         tuned = _lofit(run, model, tokenizer)
-        saved = _save_and_reload(run, model, tokenizer, tuned.pop("edits"), tuned.pop("probe"))
+        saved = _save_and_reload(run, model, tokenizer)
         pictures = _patterns(run, model, tokenizer, found["top"][0])
         results = {"model": MODEL, "seed": seed, "retrieval": found, "lofit": tuned} | saved
         results["seconds"] = run.seconds
         with run.stage("write the report", 1) as advance:
-            write(build_report(results, pictures), out / "report.html")
+            write(build_report(results, pictures, out / "lofit"), out / "report.html")
             advance()
-    _write_json(out / "results.json", results)
+    write_json(out / "results.json", results)
     console.print(_table(results))
-    for name in ("report.html", "results.json", "edits.safetensors", "checkpoint", "export"):
+    for name in ("report.html", "results.json", "lofit", "checkpoint", "export"):
         console.print(f"  {out / name}", highlight=False)
     return results
 
 
 def _claim(out: Path) -> None:
-    """Makes `out` ready, or says why not, before any work."""
+    """Makes `out` ready, or says why not, before any work.
+
+    A demonstration that was stopped goes on with its tuning; a complete one begins anew.
+    """
+    path = out / "results.json"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not (out / "results.json").is_file():
+        if not path.is_file():
             raise ValueError(f"{out} is not empty and holds no earlier demonstration")
-        for name in ("checkpoint", "export"):
+        complete = not read_json(path).get("unfinished", False)
+        for name in ("checkpoint", "export", *(["lofit"] if complete else [])):
             shutil.rmtree(out / name, ignore_errors=True)
-        (out / "results.json").unlink()
-    out.mkdir(parents=True, exist_ok=True)
-    # An early, visible mark: a demonstration that is stopped can be started again.
-    _write_json(out / "results.json", {"model": MODEL, "unfinished": True})
+    write_json(path, {"model": MODEL, "unfinished": True})
 
 
 def _load(run: Run) -> tuple[jh.Transformer, Tokenizer]:
@@ -138,7 +144,7 @@ def _retrieval(run: Run, model: jh.Transformer, tokenizer: Tokenizer) -> dict[st
             model,
             held_out,
             top,
-            text=tokenizer(SENTENCES),
+            text=tokenizer(sample_text()),
             draws=DRAWS,
             seed=run.seed,
             on_progress=advance,
@@ -148,67 +154,37 @@ def _retrieval(run: Run, model: jh.Transformer, tokenizer: Tokenizer) -> dict[st
 
 def _lofit(run: Run, model: jh.Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
     """Both stages of LoFiT, and as many random heads trained just as long."""
-    examples = tasks.counterfactual_capitals(120, seed=run.seed, kind="two_facts")
-    train, held_out = tasks.split(examples, 0.25, run.seed)
-    length = tasks.encode(examples, tokenizer).batch.tokens.shape[1]
-    batch, held = (tasks.encode(side, tokenizer, length=length).batch for side in (train, held_out))
-    stage_1, stage_2 = SETTINGS.importance, SETTINGS.offsets
-    curves: dict[str, list[float]] = {}
-
-    def record(name: str, advance: Callable[..., None]) -> OnStep:
-        def on_step(step: int, metrics: dict[str, float]) -> None:
-            curves.setdefault(name, []).append(metrics["task_loss"])
-            advance()
-
-        return on_step
-
-    with run.stage("LoFiT: find heads", stage_1.steps) as advance:
-        on_step = record("importance", advance)
-        importance = lofit.find_heads(model, batch, SETTINGS, on_step=on_step)
-    sets = lofit.head_sets(importance, stage_2.heads, DRAWS, run.seed)
-    rows: list[dict[str, Any]] = [{"name": "frozen", "heads": []} | lofit.evaluate(model, held)]
-    edits = {}
-    with run.stage("LoFiT: train chosen and random", len(sets) * stage_2.steps) as advance:
-        for name, heads in sets.items():
-            on_step = record(name, advance)
-            trained = lofit.train_offsets(model, batch, heads, SETTINGS, on_step=on_step)
-            rows.append({"name": name, "heads": heads} | lofit.evaluate(model, held, trained))
-            edits[name] = trained
-    return {
-        "importance": importance.tolist(),
-        "train": len(train),
-        "held_out": len(held_out),
-        "parameters": stage_2.heads * model.config.head_dim,
-        "runs": rows,
-        "curves": curves,
-        "edits": edits["chosen"],
-        "probe": held,
-    }
+    config = replace(LOFIT, seed=run.seed)
+    with run.stage("tune heads (LoFiT)", sum(config.stages.values())) as advance:
+        return run_lofit(
+            config,
+            model,
+            tokenizer,
+            run.out / "lofit",
+            on_step=lambda stage, step, metrics: advance() if metrics else None,
+        )
 
 
-def _save_and_reload(
-    run: Run, model: jh.Transformer, tokenizer: Tokenizer, edits: jh.Edits, probe: jh.Batch
-) -> dict[str, Any]:
-    """Saves edits, checkpoint and export; reloads each and compares their logits."""
+def _save_and_reload(run: Run, model: jh.Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Saves the tuned model as checkpoint and export; reloads both and compares their logits."""
     out = run.out
-    few = jh.Batch(probe.tokens[:8], probe.mask[:8])
+    edits = jh.Edits.load(out / "lofit" / "edits.safetensors")
+    _, held_out = split_examples(replace(LOFIT, seed=run.seed))
+    few = tasks.encode(held_out[:8], tokenizer).batch
     real = few.mask[..., None]
     expected = model(few, edits=edits).logits
 
-    def difference(other: jh.Transformer, with_edits: jh.Edits | None = None) -> float:
-        gap = jnp.abs(other(few, edits=with_edits).logits - expected)
+    def difference(other: jh.Transformer) -> float:
+        gap = jnp.abs(other(few).logits - expected)
         return float(jnp.max(gap, where=real, initial=0))
 
-    with run.stage("save, export, reload", 5) as advance:
-        edits.save(out / "edits.safetensors")
+    with run.stage("save, export, reload", 4) as advance:
         folded = jh.fold(model, edits)
-        advance()
         jh.save(folded, tokenizer, out / "checkpoint")
         advance()
         jh.export(folded, out / "export", tokenizer=tokenizer)
         advance()
-        agreement = {"edits file": difference(model, jh.Edits.load(out / "edits.safetensors"))}
-        agreement["checkpoint"] = difference(jh.load(out / "checkpoint")[0])
+        agreement = {"checkpoint": difference(jh.load(out / "checkpoint")[0])}
         advance()
         agreement["export"] = difference(jh.load(out / "export")[0])
         advance()
@@ -243,9 +219,3 @@ def _table(results: dict[str, Any]) -> Table:
         table.add_row(f"largest logit difference, {name}", "", f"{value:.1e}", "")
     table.add_row("seconds in all", "", f"{sum(results['seconds'].values()):.0f}", "")
     return table
-
-
-def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)

@@ -16,6 +16,7 @@ fold into the bias of the output projection (`jaxheads.fold`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ from jaxheads.model.config import ModelConfig
 from jaxheads.model.transformer import Transformer
 from jaxheads.train import Checkpoints, TrainState, batches, make_step, run, start
 from jaxheads.train.loop import OnStep
+from jaxheads.train.step import Step
 
 Array = jax.Array
 INITIAL_STD = 1e-3
@@ -176,19 +178,27 @@ def _train(
     on_step: OnStep,
     checkpoints: Checkpoints | None,
 ) -> TrainState:
-    schedule = optax.linear_schedule(stage.learning_rate, 0.0, stage.steps)
-    optimizer = optax.adamw(schedule, weight_decay=0.0)
+    optimizer, step = _stage(loss, stage.learning_rate, stage.steps)
     data = batches((batch, batch.answers()), settings.batch_size, settings.seed)
     frozen = {"model": model} | {name: part for name, part in parts.items() if name != "edits"}
     state = start(parts["edits"], optimizer)
-    step = make_step(loss, optimizer)
     return run(
         state, step, frozen, data, steps=stage.steps, on_step=on_step, checkpoints=checkpoints
     )
 
 
+@functools.cache
+def _stage(
+    loss: Callable[..., Any], learning_rate: float, steps: int
+) -> tuple[optax.GradientTransformation, Step]:
+    """The optimizer and the step of a stage; kept, so that one program serves all head sets."""
+    schedule = optax.linear_schedule(learning_rate, 0.0, steps)
+    optimizer = optax.adamw(schedule, weight_decay=0.0)
+    return optimizer, make_step(loss, optimizer)
+
+
 def evaluate(
-    model: Transformer, batch: Batch, edits: Edits | None = None, batch_size: int = 16
+    model: Transformer, batch: Batch, edits: Edits | None = None, batch_size: int = 64
 ) -> dict[str, float]:
     """Mean loss, token accuracy and exact match of the answers, over all rows of a batch."""
     answers = batch.answers()

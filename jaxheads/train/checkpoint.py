@@ -46,6 +46,10 @@ class Checkpoints:
         """Step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
+    def due(self, step: int) -> bool:
+        """Whether `save` would write a checkpoint at this step."""
+        return self._manager.should_save(step)
+
     def save(self, state: TrainState, config: dict[str, Any], *, force: bool = False) -> None:
         """Saves if the step is due, or in any case with `force`; returns before it is written."""
         step = int(state.step)

@@ -55,7 +55,10 @@ def run(
         if late is not None:
             _report(*late, on_step)
         late = (index + 1, metrics)
-        if checkpoints is not None and index + 1 < steps:
+        if checkpoints is not None and index + 1 < steps and checkpoints.due(index + 1):
+            # Told before it is saved: a step that a checkpoint holds is never missing in the log.
+            _report(*late, on_step)
+            late = None
             checkpoints.save(state, config or {})
     if late is not None:
         _report(*late, on_step)
