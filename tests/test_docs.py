@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 
 from jaxheads import SITES
-from jaxheads.model import ModelConfig, parameter_table
+from jaxheads.model import Image, ModelConfig, parameter_table
+from jaxheads.sites import CROSS_SITES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -21,6 +23,15 @@ BIASED = ModelConfig(
     n_layers=1, n_heads=1, n_kv_heads=1, head_dim=2, d_model=2, d_mlp=2, vocab_size=2,
     context_length=2, qkv_bias=True, o_bias=True, mlp_bias=True, tied=False,
 )  # fmt: skip
+
+
+VARIANTS = (
+    {"norm": "layer", "norm_bias": True},
+    {"qk_norm": "head", "norm_place": "sandwich", "branch_scale": True, "cross": True},
+    {"n_positions": 2, "n_token_types": 1, "relative_buckets": 4, "embed_norm": True},
+    {"image": Image(2, 2, 2), "context_length": 2},
+    {"head": "mlm", "unembed_bias": True, "pooler": True, "projection": 2},
+)
 
 
 def name_of(page: Path) -> str:
@@ -104,10 +115,33 @@ def test_site_table_equals_the_code() -> None:
     assert rows == [[f"`{s.name}`", s.signature, s.meaning] for s in SITES.values()]
 
 
-def test_parameter_table_equals_the_code() -> None:
-    rows = table_rows((ROOT / "docs/architecture.md").read_text(), "### The parameter tree")
-    found = {path.strip("`"): axes for path, axes, *_ in rows}
-    assert found == {p: f"[{','.join(x.axes)}]" for p, x in parameter_table(BIASED).items()}
+def test_cross_site_table_equals_the_code() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    rows = table_rows(text, "### Sites of attention to an encoder")
+    assert rows == [[f"`{s.name}`", s.signature, s.meaning] for s in CROSS_SITES.values()]
+
+
+def test_parameter_tables_equal_the_code() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    common = axes_by_path(table_rows(text, "### The parameter tree"))
+    assert common == axes_in_code(BIASED)
+    variants = axes_by_path(table_rows(text, "### The parameter tree of variants"))
+    norms = {path for path in variants if path.endswith("norm/bias")}
+    found: dict[str, str] = {}
+    for fields in VARIANTS:
+        config = dataclasses.replace(BIASED, **{"tied": True, **fields})
+        found |= axes_in_code(config)
+    extra = {path for path in found if path.endswith("bias") and "cross/" in path}
+    assert variants == {p: a for p, a in found.items() if p not in common and p not in extra}
+    assert norms == {"blocks/attn_norm/bias", "blocks/mlp_norm/bias", "final_norm/bias"}
+
+
+def axes_by_path(rows: list[list[str]]) -> dict[str, str]:
+    return {path.strip("`"): axes for path, axes, *_ in rows}
+
+
+def axes_in_code(config: ModelConfig) -> dict[str, str]:
+    return {p: f"[{','.join(x.axes)}]" for p, x in parameter_table(config).items()}
 
 
 def commands_in(page: Path) -> dict[str, set[str]]:

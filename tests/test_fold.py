@@ -253,7 +253,7 @@ def test_what_is_not_exact_is_refused_by_name(case):
     assert f"'{site}'" in str(error.value)
     assert all(leaf is before[path] for path, leaf in flatten(model.params))
     # What shapes alone tell is listed beforehand; foldable sites are not.
-    listed = jh.unfoldable(edits)
+    listed = jh.unfoldable(edits, model.config)
     assert set(listed) == ({site} if case in REFUSED else set())
     assert all(why in reason for reason in listed.values())
 
@@ -261,7 +261,7 @@ def test_what_is_not_exact_is_refused_by_name(case):
 def test_nothing_to_fold_is_the_same_model():
     model = tiny_model()
     folded = jh.fold(model, jh.Edits())
-    assert isinstance(folded, Transformer) and jh.unfoldable({}) == {}
+    assert isinstance(folded, Transformer) and jh.unfoldable({}, CONFIG) == {}
     for path, leaf in flatten(folded.params):
         assert leaf is dict(flatten(model.params))[path]
 

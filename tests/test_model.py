@@ -12,7 +12,7 @@ import pytest
 from tiny import KV_HEADS, close, tiny_model, tiny_tokens
 
 import jaxheads as jh
-from jaxheads.model import empty_cache
+from jaxheads.model import Image, Rope, empty_cache, parameter_table
 from jaxheads.model.config import ACTIVATIONS
 
 SHORT = 9
@@ -161,23 +161,59 @@ def test_float32_parameters_are_cast_where_they_are_used():
 
 # The config
 
+IMAGE = Image(8, 8, 4)
 CHANGES = {
-    "n_layers": 2,
-    "n_heads": 4,
-    "n_kv_heads": 3,
-    "head_dim": 10,
-    "d_model": 48,
-    "d_mlp": 64,
-    "vocab_size": 98,
-    "context_length": 8,
-    "rope_base": 100.0,
-    "norm_eps": 0.1,
-    "activation": "gelu",
-    "qkv_bias": True,
-    "o_bias": True,
-    "mlp_bias": True,
-    "tied": False,
-    "dtype": "bfloat16",
+    # field: (fields of the model that it is changed in, its new value)
+    "n_layers": ({}, 2),
+    "n_heads": ({}, 4),
+    "n_kv_heads": ({}, 3),
+    "head_dim": ({}, 10),
+    "d_model": ({}, 48),
+    "d_mlp": ({}, 64),
+    "vocab_size": ({}, 98),
+    "context_length": ({}, 8),
+    "family": ({}, "gpt2"),
+    "causal": ({}, False),
+    "windows": ({}, (0, 3, 0)),
+    "ropes": ({}, (Rope(100.0),)),
+    "rotary_dim": ({}, 4),
+    "n_positions": ({}, 64),
+    "position_offset": ({"n_positions": 70}, 2),
+    "relative_buckets": ({}, 6),
+    "relative_distance": ({"relative_buckets": 6}, 5),
+    "norm": ({}, "layer"),
+    "norm_eps": ({}, 0.1),
+    "norm_bias": ({"norm": "layer"}, True),
+    "norm_plus_one": ({}, True),
+    "norm_place": ({}, "post"),
+    "embed_norm": ({}, True),
+    "first_attn_norm": ({}, False),
+    "final_norm": ({}, False),
+    "qkv_bias": ({}, True),
+    "o_bias": ({}, True),
+    "qk_norm": ({}, "head"),
+    "attn_scale": ({}, 0.1),
+    "attn_softcap": ({}, 0.5),
+    "cross": ({}, True),
+    "activation": ({}, "gelu"),
+    "gated": ({}, False),
+    "mlp_bias": ({}, True),
+    "parallel": ({}, True),
+    "branch_scale": ({}, True),
+    "image": ({"image": IMAGE, "context_length": 5}, Image(8, 8, 4, channels=1)),
+    "embed_scale": ({}, 3.0),
+    "n_token_types": ({}, 2),
+    "head": ({}, "mlm"),
+    "head_bias": ({"head": "mlm"}, False),
+    "tied": ({}, False),
+    "unembed_bias": ({}, True),
+    "logit_scale": ({}, 0.5),
+    "logit_softcap": ({}, 1.0),
+    "pooler": ({}, True),
+    "projection": ({}, 7),
+    "projected": ({"projection": 7, "head": "none"}, "highest"),
+    "eos_id": ({"projection": 7, "head": "none", "projected": "eos"}, 5),
+    "dtype": ({}, "bfloat16"),
 }
 
 
@@ -185,19 +221,36 @@ def test_every_config_field_is_in_the_table():
     assert list(CHANGES) == [field.name for field in dataclasses.fields(jh.ModelConfig)]
 
 
+def shapes_of(config):
+    return {path: leaf.shape for path, leaf in parameter_table(config).items()}
+
+
 @pytest.mark.parametrize("field", CHANGES)
 def test_every_config_field_is_read(field):
-    model = tiny_model()
-    config = model.config.replace(**{field: CHANGES[field]})
-    if field in ("rope_base", "norm_eps", "activation", "dtype"):
-        changed = jh.Transformer(config, model.params)(tiny_tokens()).logits
-        assert np.abs(changed - model(tiny_tokens()).logits).max() > 1e-3
-    elif field == "context_length":
-        with pytest.raises(ValueError, match="14 tokens exceeds the model's context of 8"):
-            jh.Transformer(config, model.params)(tiny_tokens())
-    else:
+    """A field that changes shapes asks for other parameters; any other changes what comes out."""
+    base, value = CHANGES[field]
+    model = tiny_model(**base)
+    config = model.config.replace(**{field: value})
+    shapes, before = (
+        {path: leaf.shape for path, leaf in parameter_table(c).items()}
+        for c in (config, model.config)
+    )
+    if shapes != before:
         with pytest.raises(ValueError, match="the parameter tree does not fit the config"):
             jh.Transformer(config, model.params)
+        return
+    changed = jh.Transformer(config, model.params)
+    if field == "context_length":
+        with pytest.raises(ValueError, match="14 tokens exceeds the model's context of 8"):
+            changed(tiny_tokens())
+    elif field == "family":
+        # Read by `export` alone.
+        assert changed.config.family == "gpt2"
+    else:
+        before, after = model(tiny_tokens()), changed(tiny_tokens())
+        one = before.logits if before.pooled is None else before.pooled
+        other = after.logits if after.pooled is None else after.pooled
+        assert np.abs(one - other).max() > 1e-3
 
 
 def test_activations_differ_from_one_another():
@@ -211,10 +264,20 @@ def test_activations_differ_from_one_another():
     [
         ({"n_layers": 0}, "config.n_layers must be positive, got 0"),
         ({"d_model": -4}, "config.d_model must be positive, got -4"),
-        ({"rope_base": 0.0}, "config.rope_base must be positive"),
+        ({"ropes": (Rope(0.0),)}, "config.ropes: base must be positive, got 0.0"),
+        ({"ropes": (Rope(), Rope())}, "config.ropes must have 1 or 3 entries, got 2"),
+        ({"windows": (4,)}, "config.windows must have 3 entries"),
+        ({"rotary_dim": 10}, "must be even and at most head_dim (8), got 10"),
+        ({"n_positions": 8}, "config.n_positions (8) is less than context_length (64)"),
+        ({"norm_bias": True}, "config.norm_bias is only for norm 'layer'"),
+        ({"image": Image(8, 8, 4)}, "config.context_length must be the 5 tokens of the image"),
+        ({"parallel": True, "norm_place": "post"}, "config.parallel needs norm_place 'pre'"),
         ({"norm_eps": float("nan")}, "config.norm_eps must be positive"),
         ({"n_kv_heads": 4}, "config.n_heads (6) must be a multiple of config.n_kv_heads (4)"),
-        ({"head_dim": 7}, "config.head_dim must be even for rotary, got 7"),
+        (
+            {"head_dim": 7},
+            "must be even and at most head_dim (7), got 7",
+        ),
         ({"activation": "gleu"}, "unknown config.activation 'gleu'. Did you mean 'gelu'"),
         ({"dtype": "float64"}, "unknown config.dtype 'float64'"),
     ],

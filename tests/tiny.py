@@ -1,6 +1,7 @@
 """Small random models with odd shapes, shared by the tests."""
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,22 +13,25 @@ TOLERANCE = 1e-5
 
 
 @functools.cache
-def tiny_model(kind: str = "gqa", *, biases: bool = False, tied: bool = True) -> Transformer:
+def tiny_model(
+    kind: str = "gqa", *, biases: bool = False, tied: bool = True, **fields: Any
+) -> Transformer:
     """Three layers of six heads whose size is not width / heads."""
-    config = ModelConfig(
-        n_layers=3,
-        n_heads=6,
-        n_kv_heads=KV_HEADS[kind],
-        head_dim=8,
-        d_model=40,
-        d_mlp=56,
-        vocab_size=97,
-        context_length=64,
-        qkv_bias=biases,
-        o_bias=biases,
-        mlp_bias=biases,
-        tied=tied,
-    )
+    shape: dict[str, Any] = {
+        "n_layers": 3,
+        "n_heads": 6,
+        "n_kv_heads": KV_HEADS[kind],
+        "head_dim": 8,
+        "d_model": 40,
+        "d_mlp": 56,
+        "vocab_size": 97,
+        "context_length": 64,
+        "qkv_bias": biases,
+        "o_bias": biases,
+        "mlp_bias": biases,
+        "tied": tied,
+    }
+    config = ModelConfig(**(shape | fields))
     model = Transformer.random(config, jax.random.key(0))
     leaves, tree = jax.tree.flatten(model.params)
     keys = jax.random.split(jax.random.key(1), len(leaves))

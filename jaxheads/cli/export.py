@@ -88,7 +88,7 @@ def split_edits(model: Transformer, edits: Edits) -> tuple[Edits, dict[str, str]
     """
     import jaxheads
 
-    outside = dict(jaxheads.unfoldable(edits))
+    outside = dict(jaxheads.unfoldable(edits, model.config))
     for site in edits:
         if site in outside:
             continue

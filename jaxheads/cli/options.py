@@ -13,6 +13,7 @@ from jaxheads.cli.terminal import progress_bar
 if TYPE_CHECKING:
     from jaxheads.edits import Edits
     from jaxheads.model import ModelConfig, Transformer
+    from jaxheads.model.models import Model as AnyModel
     from jaxheads.text import Tokenizer
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -30,16 +31,45 @@ def parse(command: Any, name: str, argv: list[str]) -> Any:
 
 
 def load_model(name: str, dtype: str | None = None) -> tuple[Transformer, Tokenizer]:
-    """Loads a model with a progress bar; raises as `jaxheads.load`."""
-    import jaxheads
+    """Loads a causal language model with a progress bar.
 
+    Raises:
+      ValueError: as `jaxheads.load`, and a model of another kind; the message names it.
+    """
+    from jaxheads.convert.kinds import is_causal_lm, kind_name
+
+    model, tokenizer = load_any(name, dtype)
+    if not is_causal_lm(model):
+        raise ValueError(
+            f"{name} is a {kind_name(model.config)}, but this command needs a causal language "
+            "model; `jaxheads load` takes any kind"
+        )
+    if tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer.json, which this command needs")
+    return model, tokenizer
+
+
+def load_any(name: str, dtype: str | None = None) -> tuple[AnyModel, Tokenizer | None]:
+    """Loads a model of any kind with a progress bar, and its tokenizer if it has one.
+
+    Raises:
+      ValueError: as `jaxheads.load`.
+    """
+    from jaxheads.convert.load import find_model
+    from jaxheads.convert.load import load as load_both
+    from jaxheads.convert.load import load_model as load_weights
+
+    path, kind = find_model(name, dtype, None)
+    bare = kind != "gguf" and not (path / "tokenizer.json").is_file()
     with progress_bar() as progress:
         task = progress.add_task(f"loading {name}", total=None)
 
         def show(done: int, total: int, _: str) -> None:
             progress.update(task, completed=done, total=total)
 
-        return jaxheads.load(name, dtype=dtype, on_progress=show)
+        if bare:
+            return load_weights(path, dtype=dtype, on_progress=show), None
+        return load_both(path, dtype=dtype, on_progress=show)
 
 
 def parse_heads(text: str) -> list[tuple[int, int]]:

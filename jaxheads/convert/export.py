@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -17,20 +18,20 @@ import numpy as np
 from jaxheads.convert.families import FAMILIES
 from jaxheads.convert.files import fresh_directory
 from jaxheads.convert.schema import read_config, write_config
-from jaxheads.convert.table import Format, slots, to_stored
+from jaxheads.convert.table import Format, Slot, slots, to_stored
 from jaxheads.model.config import ModelConfig
+from jaxheads.model.models import Config, Model
 from jaxheads.model.parameters import flatten, parameter_table
 from jaxheads.names import choose
 
 if TYPE_CHECKING:
-    from jaxheads.model.transformer import Transformer
     from jaxheads.text import Tokenizer
 
 EXPORT_FORMATS = ("huggingface",)
 
 
 def export(
-    model: Transformer,
+    model: Model,
     directory: str | os.PathLike[str],
     *,
     tokenizer: Tokenizer | None = None,
@@ -60,7 +61,10 @@ def export(
     choose("export format", format, EXPORT_FORMATS)
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
-    fmt = FAMILIES["llama"].formats[format]
+    family = FAMILIES[choose("config.family", model.config.family, FAMILIES)]
+    fmt = family.formats[format]
+    if getattr(model.config, "head", "lm") == "none":
+        fmt = fmt.without_prefix()
     params = dict(flatten(model.params))
     keys = write_config(fmt.schema, model.config)
     expressed = _expressed(fmt, keys, model.config)
@@ -70,7 +74,7 @@ def export(
             f"{role}_token_id": getattr(tokenizer, f"{role}_id", None)
             for role in ("bos", "eos", "pad")
         }
-        _write_json(folder / "config.json", keys | ids | {"torch_dtype": str(dtype)})
+        _write_json(folder / "config.json", ids | keys | {"torch_dtype": str(dtype)})
         _write_json(folder / "generation_config.json", {"_from_model_config": True} | ids)
         _write_weights(folder, _tensors(fmt, expressed, params, dtype), max_shard_bytes)
         if tokenizer is not None:
@@ -78,26 +82,41 @@ def export(
     return Path(directory)
 
 
-class _Keys:
-    """Keys that are about to be written, seen as a file."""
+@dataclass
+class _Written:
+    """Keys and tensors that are about to be written, seen as a file."""
 
-    where = "the exported config"
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    where: str = "the exported config"
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.config = config
-        self.shapes: dict[str, tuple[int, ...]] = {}
+    def read(self, name: str) -> np.ndarray:
+        """Nothing is there to be read yet."""
+        raise ValueError(f"{name} is not written yet")
 
 
-def _expressed(fmt: Format, keys: dict[str, Any], config: ModelConfig) -> ModelConfig:
-    """The config that a reader of the keys will see: ours, or ours with more biases."""
-    seen = read_config(fmt.schema, _Keys(keys), config.dtype)
+def _expressed(fmt: Format, keys: dict[str, Any], config: Config) -> Config:
+    """The config that a reader of the file will see: ours, or ours with more biases."""
+    shapes = {slot.name: slot.shape for group in slots(fmt, config).values() for slot in group}
+    seen = read_config(fmt.schema, _Written(keys, shapes), config.dtype)
     ours, theirs = parameter_table(config), parameter_table(seen)
-    added = {path: leaf for path, leaf in theirs.items() if path not in ours}
-    not_zero = [path for path, leaf in added.items() if leaf.fan_in != 0]
-    biases = {name: getattr(seen, name) for name in ("qkv_bias", "o_bias", "mlp_bias")}
-    if not_zero or config.replace(**biases) != seen or any(path not in theirs for path in ours):
+    not_zero = [path for path, leaf in theirs.items() if path not in ours and leaf.fan_in != 0]
+    if not_zero or _with_biases_of(seen, config) != seen or any(p not in theirs for p in ours):
         raise ValueError(f"this format cannot express the config {config}")
     return seen
+
+
+def _with_biases_of(other: Any, config: Any) -> Any:
+    """The config with the bias flags of another one, stack by stack."""
+    if isinstance(config, ModelConfig):
+        return config.replace(**{name: getattr(other, name) for name in _BIASES})
+    sides = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return type(config)(
+        **{name: _with_biases_of(getattr(other, name), side) for name, side in sides.items()}
+    )
+
+
+_BIASES = ("qkv_bias", "o_bias", "mlp_bias")
 
 
 @dataclass(frozen=True)
@@ -110,15 +129,29 @@ class _Tensor:
 
 
 def _tensors(
-    fmt: Format, config: ModelConfig, params: Mapping[str, Any], dtype: np.dtype
+    fmt: Format, config: Config, params: Mapping[str, Any], dtype: np.dtype
 ) -> Iterator[_Tensor]:
     """Every tensor of the file; a parameter that the model lacks is zeros."""
     table = parameter_table(config)
-    for path, group in slots(fmt, config).items():
-        leaf = np.asarray(params[path]) if path in params else np.zeros(table[path].shape, dtype)
+    shared: dict[str, list[Slot]] = {}
+    for group in slots(fmt, config).values():
         for slot in group:
-            nbytes = math.prod(slot.shape) * leaf.dtype.itemsize
-            yield _Tensor(slot.name, nbytes, partial(to_stored, leaf[slot.index], slot, config))
+            shared.setdefault(slot.name, []).append(slot)
+
+    def part(slot: Slot) -> tuple[np.ndarray, Slot]:
+        leaf = params.get(slot.path)
+        shape = table[slot.path].shape[len(slot.index) :]
+        return np.zeros(shape, dtype) if leaf is None else np.asarray(leaf[slot.index]), slot
+
+    for name, group in shared.items():
+        leaf = params.get(group[0].path)
+        itemsize = dtype.itemsize if leaf is None else leaf.dtype.itemsize
+        make = partial(_stored, [partial(part, slot) for slot in group], config)
+        yield _Tensor(name, math.prod(group[0].shape) * itemsize, make)
+
+
+def _stored(parts: list[Callable[[], tuple[np.ndarray, Slot]]], config: Config) -> np.ndarray:
+    return to_stored([part() for part in parts], config)
 
 
 def _write_weights(folder: Path, tensors: Iterable[_Tensor], max_shard_bytes: int) -> None:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import jax
 
 from jaxheads.convert.families import find_format
 from jaxheads.convert.fill import Progress, fill_parameters
-from jaxheads.convert.native import DESCRIPTION, restore
-from jaxheads.convert.readers import GGUFFile, Reader, SafetensorsReader
+from jaxheads.convert.gguf_file import GGUFFile
+from jaxheads.convert.hub import download, parse_id
+from jaxheads.convert.native import DESCRIPTION, read_description
+from jaxheads.convert.place import DEFAULT_RULES, Placement, by_axes
+from jaxheads.convert.readers import Reader
 from jaxheads.convert.registry import NAMED_MODELS
+from jaxheads.convert.safetensors_files import SafetensorsReader
 from jaxheads.convert.schema import read_config
 from jaxheads.model.config import DTYPES
+from jaxheads.model.models import Model, build
+from jaxheads.model.parameters import check_parameters, flatten, nest, parameter_table
 from jaxheads.names import choose, unknown
 
 if TYPE_CHECKING:
-    from jaxheads.model.transformer import Transformer
     from jaxheads.text import Tokenizer
 
 
@@ -24,74 +32,149 @@ def load(
     name_or_path: str | os.PathLike[str],
     *,
     dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Mapping[str, str] = DEFAULT_RULES,
+    revision: str | None = None,
     on_progress: Progress | None = None,
-) -> tuple[Transformer, Tokenizer]:
+) -> tuple[Any, Tokenizer]:
     """Loads a model and its tokenizer.
+
+    With a mesh, every device gets its own part of each parameter straight from the file;
+    the whole model is never in one place.
 
     Args:
       name_or_path: a name of `NAMED_MODELS`; a Hugging Face directory (config.json and
-        safetensors); a .gguf file; or a directory written by `save`.
+        safetensors); a .gguf file; a directory written by `save`; or a model of the
+        Hugging Face hub, "org/name" or "org/name:file.gguf", which is downloaded unless
+        its cache has it.
       dtype: dtype of the parameters and the activations: "float32", "bfloat16" or
         "float16". Default float32, and for a native checkpoint as it was saved.
+      mesh: devices to shard the parameters over, with axes of type Auto; None puts all of
+        them on JAX's default device.
+      rules: axis of a parameter -> axis of the mesh, see `place.by_axes`.
+      revision: branch, tag or commit of a model of the hub.
       on_progress: called as (tensors done, tensors in all, name) while weights of other
         formats are read.
 
     Returns:
-      The model and the tokenizer.
+      The model (a `Transformer`, an `EncoderDecoder` or a `Clip`, by its family) and the
+      tokenizer.
 
     Raises:
-      ValueError: unknown name or path, a package that is not installed, a family or a
-        setting that is not supported, tensors that do not fit the config, or no
-        tokenizer there (`load_model` reads the weights alone). The message names it.
+      ValueError: unknown name or path, a package that is not installed, a model of the hub
+        that cannot be had, a family or a setting that is not supported, a damaged file,
+        tensors that do not fit the config, a parameter that the mesh does not divide, or
+        no tokenizer there (`load_model` reads the weights alone). The message names it.
     """
-    path, kind = _find(name_or_path, dtype)
     from jaxheads.text import Tokenizer
 
+    sharding = _sharding(mesh, rules)
+    path, kind = find_model(name_or_path, dtype, revision)
     # The tokenizer first: it fails soonest, and its scratch memory is free again
     # before the weights come.
     if kind == "gguf":
         with GGUFFile(path) as reader:
             tokenizer = Tokenizer.from_gguf(reader.backend)
-            return _convert(reader, kind, dtype, on_progress), tokenizer
+            return _convert(reader, kind, dtype, on_progress, sharding), tokenizer
     if not (path / "tokenizer.json").is_file():
         raise ValueError(f"{path} has no tokenizer.json; load_model reads the weights alone")
     tokenizer = Tokenizer.from_file(path)
-    return load_model(path, dtype=dtype, on_progress=on_progress), tokenizer
+    return _load(path, kind, dtype, on_progress, sharding), tokenizer
 
 
 def load_model(
     name_or_path: str | os.PathLike[str],
     *,
     dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Mapping[str, str] = DEFAULT_RULES,
+    revision: str | None = None,
     on_progress: Progress | None = None,
-) -> Transformer:
+) -> Any:
     """Loads a model without its tokenizer; arguments and errors as in `load`."""
-    path, kind = _find(name_or_path, dtype)
-    if kind == "native":
-        from jaxheads.model.transformer import Transformer
+    sharding = _sharding(mesh, rules)
+    path, kind = find_model(name_or_path, dtype, revision)
+    return _load(path, kind, dtype, on_progress, sharding)
 
-        return Transformer(*restore(path, dtype))
+
+def _load(
+    path: Path,
+    kind: str,
+    dtype: str | None,
+    on_progress: Progress | None,
+    sharding: Placement | None,
+) -> Model:
+    if kind == "native":
+        return _restore(path, dtype, sharding)
     with GGUFFile(path) if kind == "gguf" else SafetensorsReader(path) as reader:
-        return _convert(reader, kind, dtype, on_progress)
+        return _convert(reader, kind, dtype, on_progress, sharding)
 
 
 def _convert(
-    reader: Reader, kind: str, dtype: str | None, on_progress: Progress | None
-) -> Transformer:
-    from jaxheads.model.transformer import Transformer
-
+    reader: Reader,
+    kind: str,
+    dtype: str | None,
+    on_progress: Progress | None,
+    sharding: Placement | None,
+) -> Model:
     dtype = dtype or "float32"
     fmt = find_format(kind, reader)
     config = read_config(fmt.schema, reader, dtype)
-    return Transformer(config, fill_parameters(reader, fmt, config, dtype, on_progress))
+    params = fill_parameters(reader, fmt, config, dtype, on_progress, sharding)
+    return build(config, params)
 
 
-def _find(name_or_path: str | os.PathLike[str], dtype: str | None) -> tuple[Path, str]:
+def _restore(directory: Path, dtype: str | None, sharding: Placement | None) -> Model:
+    """A native checkpoint, each device its own part."""
+    import orbax.checkpoint as ocp
+
+    config = read_description(directory)
+    if dtype is not None:
+        config = config.replace(dtype=dtype)
+    params = (directory / "params").absolute()
+    if not params.is_dir():
+        raise ValueError(f"{directory} has no params/: the checkpoint is not whole")
+    table = parameter_table(config)
+    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            saved = checkpointer.metadata(params).item_metadata.tree
+            check_parameters(config, saved)
+            # Into a target: without one, orbax restores onto the devices it was saved from.
+            target = {
+                path: jax.ShapeDtypeStruct(
+                    leaf.shape,
+                    dtype or leaf.dtype,
+                    sharding=sharding(path, table[path].axes, leaf.shape) if sharding else single,
+                )
+                for path, leaf in flatten(saved)
+            }
+            return build(config, checkpointer.restore(params, nest(target)))
+        except (ValueError, KeyError, OSError) as error:
+            raise ValueError(f"cannot restore {params}: {error}") from error
+
+
+def _sharding(mesh: jax.sharding.Mesh | None, rules: Mapping[str, str]) -> Placement | None:
+    if mesh is not None:
+        return by_axes(mesh, rules)
+    if rules is not DEFAULT_RULES:
+        raise ValueError("rules were given without a mesh that they could shard over")
+    return None
+
+
+def find_model(
+    name_or_path: str | os.PathLike[str], dtype: str | None, revision: str | None
+) -> tuple[Path, str]:
     """The path of a model, and its kind: "native", "huggingface" or "gguf"."""
     if dtype is not None:
         choose("dtype", dtype, DTYPES)
     name = os.fspath(name_or_path)
     path = NAMED_MODELS[name].locate(name) if name in NAMED_MODELS else Path(name).expanduser()
+    hub = None if path.exists() else parse_id(name)
+    if hub is not None:
+        path = download(*hub, revision=revision)
+    elif revision is not None:
+        raise ValueError(f"revision {revision!r} is of a model of the hub, but {name!r} is not one")
     if path.is_file() and path.suffix == ".gguf":
         return path, "gguf"
     if (path / DESCRIPTION).is_file():
@@ -105,5 +188,6 @@ def _find(name_or_path: str | os.PathLike[str], dtype: str | None) -> tuple[Path
     if path.exists():
         raise ValueError(f"{path} is no model that can be loaded: {expected}")
     raise ValueError(
-        f"{unknown('model', name, NAMED_MODELS)} There is no such path either: {expected}"
+        f"{unknown('model', name, NAMED_MODELS)} There is no such path either: {expected}; "
+        "and a model of the Hugging Face hub is org/name"
     )

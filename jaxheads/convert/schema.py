@@ -15,7 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from jaxheads.model.config import ModelConfig
+import numpy as np
+
+from jaxheads.model.config import ModelConfig, is_of_type
+from jaxheads.model.models import Config
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -26,6 +29,10 @@ class Source(Protocol):
     where: str
     config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,30 +63,79 @@ class Key:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Keys that only together set fields of the config.
+
+    Attributes:
+      keys: glob patterns of the keys that it reads.
+      read: (keys of the file, fields known so far) -> further fields. Keys that are null
+        are left out. Raises ValueError with what is wrong.
+      write: config -> keys.
+      tensors: names of small tensors that hold settings; `read` finds those that the file
+        has among the keys.
+    """
+
+    keys: tuple[str, ...]
+    read: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    tensors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Schema:
     """The policy of one family in one format.
 
     Attributes:
       family_key: the key that names the family.
       used: keys that set fields.
+      parts: groups of keys that set fields together, in the order in which they are read.
+      constants: field -> its value, for fields that are the same in the whole family.
       inferred: field -> its value, for fields that follow from which tensors exist.
       fixed: key -> the only values that leave the computation as it is here.
       equal: key -> the config field it must equal.
+      required: keys that parts read and that may be null but not absent.
       ignored: glob patterns of keys that do not change the computation.
       written: constants that an export adds.
     """
 
     family_key: str
     used: tuple[Key, ...]
+    parts: tuple[Part, ...] = ()
+    constants: Mapping[str, Any] = field(default_factory=dict)
     inferred: Mapping[str, Callable[[Source], Any]] = field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     equal: Mapping[str, str] = field(default_factory=dict)
+    required: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     written: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_config(schema: Schema, source: Source, dtype: str) -> ModelConfig:
-    """The `ModelConfig` that a file describes.
+@dataclass(frozen=True)
+class Composite:
+    """The policy of a family of models that have several stacks.
+
+    Attributes:
+      family_key: the key that names the family.
+      sides: name of a stack -> its policy.
+      make: makes the model's config of one `ModelConfig` per side, given by name.
+      sections: side -> the key whose mapping it reads; without it, a side reads the whole
+        file, and its policy covers the keys of the others.
+      used: keys outside the sections that set the same field of every side.
+      ignored: glob patterns of keys outside the sections that change nothing.
+      written: constants that an export adds.
+    """
+
+    family_key: str
+    sides: Mapping[str, Schema]
+    make: Callable[..., Config]
+    sections: Mapping[str, str] = field(default_factory=dict)
+    used: Mapping[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    written: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_config(schema: Schema | Composite, source: Source, dtype: str) -> Config:
+    """The config of the model that a file describes.
 
     Args:
       schema: the family's policy for the file's format.
@@ -90,16 +146,68 @@ def read_config(schema: Schema, source: Source, dtype: str) -> ModelConfig:
       ValueError: one message that names every missing, unknown, contradictory or
         unsupported key with its value.
     """
+    if isinstance(schema, Composite):
+        return _read_sides(schema, source, dtype)
+    return _read_side(schema, source, dtype)
+
+
+def _read_sides(schema: Composite, source: Source, dtype: str) -> Config:
+    sides: dict[str, ModelConfig] = {}
+    shared: dict[str, Any] = {}
+    if schema.sections:
+        known = {schema.family_key, *schema.used, *schema.sections.values()}
+        rest = {key: value for key, value in source.config.items() if key not in known}
+        problems = _unclassified(Schema(schema.family_key, (), ignored=schema.ignored), rest)
+        missing = (*schema.used, *schema.sections.values())
+        problems += [f"missing key {key}" for key in missing if source.config.get(key) is None]
+        if problems:
+            raise ValueError(f"cannot load {source.where}: " + "; ".join(problems))
+        shared = {name: source.config[key] for key, name in schema.used.items()}
+    for name, side in schema.sides.items():
+        view = source
+        if name in schema.sections:
+            key = schema.sections[name]
+            where = f"{source.where} ({key})"
+            view = _Section(where, source.config[key], source.shapes, source.read)
+        sides[name] = _read_side(side, view, dtype, shared)
+    try:
+        return schema.make(**sides)
+    except ValueError as error:
+        raise ValueError(f"cannot load {source.where}: {error}") from error
+
+
+@dataclass
+class _Section:
+    """A nested mapping of a file's config, seen as a file."""
+
+    where: str
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+
+
+def _read_side(
+    schema: Schema, source: Source, dtype: str, shared: Mapping[str, Any] | None = None
+) -> ModelConfig:
     raw = flatten_keys(source.config)
     problems = _unclassified(schema, raw) + _changed(schema, raw)
-    fields: dict[str, Any] = {"dtype": dtype}
+    problems += [f"missing key {key}" for key in schema.required if key not in raw]
+    fields: dict[str, Any] = {"dtype": dtype, **schema.constants, **(shared or {})}
     for key in schema.used:
         value, complaint = _value(key, raw, source)
         problems += complaint
         fields |= dict.fromkeys(key.fields, value)
     if not problems:
         fields |= {name: infer(source) for name, infer in schema.inferred.items()}
-        config = ModelConfig(**fields)
+        present = {key: value for key, value in raw.items() if value is not None}
+        settings = [name for part in schema.parts for name in part.tensors]
+        present |= {name: source.read(name) for name in settings if name in source.shapes}
+        try:
+            for part in schema.parts:
+                fields |= part.read(present, fields)
+            config = ModelConfig(**fields)
+        except ValueError as error:
+            raise ValueError(f"cannot load {source.where}: {error}") from error
         problems = [
             f"{key} is {raw[key]!r}, expected {getattr(config, name)!r} (= {name})"
             for key, name in schema.equal.items()
@@ -110,16 +218,33 @@ def read_config(schema: Schema, source: Source, dtype: str) -> ModelConfig:
     return config
 
 
-def write_config(schema: Schema, config: ModelConfig) -> dict[str, Any]:
+def write_config(schema: Schema | Composite, config: Config) -> dict[str, Any]:
     """The file's keys for a config: the inverse of `read_config`.
 
     Raises:
       ValueError: a field holds a value that the format cannot name.
     """
+    if isinstance(schema, Schema):
+        assert isinstance(config, ModelConfig)
+        return _write_side(schema, config)
+    out: dict[str, Any] = {}
+    for name, side in schema.sides.items():
+        one: ModelConfig = getattr(config, name)
+        keys = _write_side(side, one)
+        if name in schema.sections:
+            out[schema.sections[name]] = keys
+            out |= {key: getattr(one, field) for key, field in schema.used.items()}
+        else:
+            out |= keys
+    return out | dict(schema.written)
+
+
+def _write_side(schema: Schema, config: ModelConfig) -> dict[str, Any]:
     out = dict(schema.written)
     for key in schema.used:
         values = [getattr(config, name) for name in key.fields]
-        value = any(values) if len(values) > 1 else values[0]
+        # Several fields are a flag that is set where any of them is, or one number.
+        value = any(values) if isinstance(values[0], bool) else values[0]
         if key.values:
             names = {ours: theirs for theirs, ours in key.values.items()}
             if value not in names:
@@ -129,6 +254,8 @@ def write_config(schema: Schema, config: ModelConfig) -> dict[str, Any]:
                 )
             value = names[value]
         out[key.name] = value
+    for part in schema.parts:
+        out |= part.write(config)
     return out
 
 
@@ -136,8 +263,8 @@ def flatten_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """Nested rope settings joined with dots; every other value is left as it is."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if key in ("rope_parameters", "rope_scaling") and isinstance(value, Mapping):
-            flat |= {f"{key}.{name}": inner for name, inner in value.items()}
+        if key.startswith(("rope_parameters", "rope_scaling")) and isinstance(value, Mapping):
+            flat |= flatten_keys({f"{key}.{name}": inner for name, inner in value.items()})
         else:
             flat[key] = value
     return flat
@@ -146,10 +273,11 @@ def flatten_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 def _unclassified(schema: Schema, raw: Mapping[str, Any]) -> list[str]:
     known = {schema.family_key, *schema.fixed, *schema.equal}
     known |= {name for key in schema.used for name in key.names}
+    globs = (*schema.ignored, *(glob for part in schema.parts for glob in part.keys))
     return [
         f"unknown key {key} = {_show(value)}: it might change what the model computes"
         for key, value in raw.items()
-        if key not in known and not any(fnmatch.fnmatchcase(key, glob) for glob in schema.ignored)
+        if key not in known and not any(fnmatch.fnmatchcase(key, glob) for glob in globs)
     ]
 
 
@@ -179,18 +307,10 @@ def _value(key: Key, raw: Mapping[str, Any], source: Source) -> tuple[Any, list[
             return None, [f"{name} = {_show(value)} is not supported (known: {known})"]
         return key.values[value], []
     expected = next(f.type for f in dataclasses.fields(ModelConfig) if f.name == key.fields[0])
-    if not _is(value, expected):
-        kind = getattr(expected, "__name__", expected)
+    if not is_of_type(value, expected):
+        kind = expected.__name__ if isinstance(expected, type) else expected
         return None, [f"{name} must be a value of type {kind}, got {_show(value)}"]
-    return (float(value) if expected is float else value), []
-
-
-def _is(value: Any, expected: Any) -> bool:
-    if expected is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if expected is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, expected)
+    return (float(value) if expected in (float, float | None) else value), []
 
 
 def _show(value: Any) -> str:

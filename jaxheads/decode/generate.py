@@ -13,8 +13,9 @@ from flax import struct
 from jaxheads.decode.sampling import Sampler, sample
 from jaxheads.model.batch import Batch
 from jaxheads.model.cache import KVCache, empty_cache
+from jaxheads.model.checks import check_tokens
 from jaxheads.model.context import Edit
-from jaxheads.model.transformer import Transformer, check_tokens
+from jaxheads.model.transformer import Transformer
 
 Array = jax.Array
 

@@ -65,7 +65,8 @@ def mask_heads(
       how: "zero" sets the head's output z to 0; "mean" replaces it by its mean over data;
         "uniform" sets its queries to 0, so that it attends equally to every key it may see
         (the ablation of the retrieval-head and AttentionInfluence papers), and attention
-        stays fused.
+        stays fused. Where logits have a relative position bias, which zero queries do not
+        silence, the weights themselves are made uniform.
       means: [L,H,Dh] for "mean", from `jh.mean_activation`.
       when: restriction, as in `Edits.when`.
 
@@ -78,6 +79,8 @@ def mask_heads(
     if how == "mean":
         value = _shaped("means", means, (config.n_layers, config.n_heads, config.head_dim))
         return Edits(z=Mix(value[:, None, None], 1 - keep)).when(when)
+    if how == "uniform" and config.relative_buckets:
+        return attend_to(config, heads, "uniform", when=when)
     site = {"zero": "z", "uniform": "q"}[how]
     return Edits({site: Affine(scale=keep)}).when(when)
 

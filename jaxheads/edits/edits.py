@@ -72,6 +72,18 @@ class Edits(Mapping[str, Edit]):
             return self
         return Edits({site: _gate(site, edit, when) for site, edit in self.items()})
 
+    def under(self, prefix: str) -> Edits:
+        """The same edits at the sites under a prefix.
+
+        Args:
+          prefix: "encoder" for the encoder of a model of two stacks, "cross" for attention
+            to it. `mask_heads(config.encoder, heads).under("encoder")` acts at "encoder.z".
+
+        Raises:
+          ValueError: a site that does not exist under this prefix.
+        """
+        return Edits({f"{prefix}.{site}": edit for site, edit in self.items()})
+
     @classmethod
     def identity(cls, config: ModelConfig, *sites: str, offset: bool = False) -> Edits:
         """Edits that change nothing, to differentiate or to train.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,13 @@ import jax.numpy as jnp
 from jaxheads.edits.kinds import Affine, Chain, Mix, Project
 from jaxheads.model.config import ModelConfig
 from jaxheads.model.context import Edit, layer_slices
+from jaxheads.model.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, split_sides
+from jaxheads.model.models import Config
 from jaxheads.model.parameters import flatten, nest, parameter_table
 from jaxheads.model.transformer import Transformer
-from jaxheads.sites import SITES, find_site
+from jaxheads.sites import CROSS_SITES, ENCODER, SITES, find_site
 
+M = TypeVar("M", Transformer, EncoderDecoder)
 Array = jax.Array
 Weights = dict[str, Array]
 Map = Callable[[Array], Array]
@@ -29,7 +33,7 @@ Map = Callable[[Array], Array]
 FOLDABLE = (Affine, Mix, Project)
 
 
-def fold(model: Transformer, edits: Mapping[str, Edit]) -> Transformer:
+def fold(model: M, edits: Mapping[str, Edit]) -> M:
     """A model without edits that computes what `model` computes with them.
 
     A scale at `z` goes into the output projection; an offset at `z` into its bias, through
@@ -38,7 +42,8 @@ def fold(model: Transformer, edits: Mapping[str, Edit]) -> Transformer:
     `final`. Computed in float32 and stored in the dtype of the model.
 
     Args:
-      model: the model.
+      model: a `Transformer` or an `EncoderDecoder`; the towers of a `Clip` are folded one
+        by one.
       edits: what to bake in.
 
     Returns:
@@ -48,9 +53,30 @@ def fold(model: Transformer, edits: Mapping[str, Edit]) -> Transformer:
       ValueError: something that cannot be folded exactly; the message names the site, the
         kind of edit and why. Nothing is folded then.
     """
+    params = dict(flatten(model.params))
+    if isinstance(model, Transformer):
+        config, params = _fold_stack(model.config, params, edits)
+        return type(model)(config, nest(params))
+    if not isinstance(model, EncoderDecoder):
+        raise ValueError(f"fold takes a Transformer or an EncoderDecoder, got {type(model)}")
+    sides: dict[str, ModelConfig] = {}
+    for name, chosen in zip(("encoder", "decoder"), split_sides(edits), strict=True):
+        for site in ("embed", "final"):
+            if site in chosen:
+                raise ValueError(f"edit at {site!r} cannot be folded: both stacks share the ends")
+        prefix = f"{name}/"
+        own = {p.removeprefix(prefix): leaf for p, leaf in params.items() if p.startswith(prefix)}
+        sides[name], new = _fold_stack(getattr(model.config, name), own, chosen)
+        params |= {prefix + path: leaf for path, leaf in new.items()}
+    return type(model)(EncoderDecoderConfig(**sides), nest(params))
+
+
+def _fold_stack(
+    config: ModelConfig, params: Weights, edits: Mapping[str, Edit]
+) -> tuple[ModelConfig, Weights]:
+    """Config and parameters (those of the stack) with the edits baked in."""
     for site, edit in edits.items():
-        _check(site, edit)
-    config, params = model.config, dict(flatten(model.params))
+        _check(site, edit, config)
     for site in sorted(edits, key=_order):
         fold_site = _fold_stacked if find_site(site).stacked else _fold_outside
         try:
@@ -61,13 +87,14 @@ def fold(model: Transformer, edits: Mapping[str, Edit]) -> Transformer:
         biases = [params[f"blocks/{name}"] for name in names if f"blocks/{name}" in params]
         if any(bool(jnp.any(bias)) for bias in biases):
             config = config.replace(**{flag: True})
-    leaves = {path: _leaf(config, params, path) for path in parameter_table(config)}
-    return Transformer(config, nest(leaves))
+    # A stack of two holds no ends; a bias that a flag now declares is zero where not folded.
+    kept = [path for path in parameter_table(config) if path in params or path.startswith("blocks")]
+    return config, {path: _leaf(config, params, path) for path in kept}
 
 
 BIASES = {
-    "qkv_bias": ("attn/q_bias", "attn/k_bias", "attn/v_bias"),
-    "o_bias": ("attn/o_bias",),
+    "qkv_bias": tuple(f"{a}/{name}_bias" for a in ("attn", "cross") for name in "qkv"),
+    "o_bias": ("attn/o_bias", "cross/o_bias"),
     "mlp_bias": ("mlp/gate_bias", "mlp/up_bias", "mlp/down_bias"),
 }
 """Config flags and the leaves of a block that they declare."""
@@ -77,8 +104,39 @@ _ROTARY = (
     "edit 'q_pre' or 'k_pre' instead"
 )
 _STREAM = "only an offset of the residual stream can be baked into the branch before it"
-INEXACT = {"q": _ROTARY, "k": _ROTARY, "resid_mid": _STREAM, "resid_post": _STREAM}
+_INEXACT = {
+    **dict.fromkeys(("q", "k"), _ROTARY),
+    **dict.fromkeys(("resid_mid", "resid_post", "cross.resid_pre"), _STREAM),
+}
 """Why a map that is affine still does not fold at these sites."""
+
+
+def _in_the_way(site: str, config: ModelConfig) -> str | None:
+    """What a model of this config has between a site and the weights it would fold into."""
+    if site in ("q", "k") and config.qk_norm != "none":
+        return "between the projection and this site stands the norm of queries and keys"
+    written = site.endswith(("attn_out", "mlp_out"))
+    if written or site in ("resid_mid", "resid_post", "cross.resid_pre"):
+        if config.norm_place in ("branch", "sandwich"):
+            return "between the weights and this site stands a norm"
+        if config.norm_place == "post" and not written:
+            return "between the weights and this site stands a norm"
+        if config.branch_scale:
+            return "between the weights and this site stands a layer scale"
+    if site == "embed":
+        if config.image is not None:
+            return "patches are embedded by a convolution"
+        if config.n_positions or config.n_token_types or config.embed_norm:
+            return "positions, token types or a norm act between the table and this site"
+        if config.embed_scale != 1:
+            return "a factor acts between the table and this site"
+    if site == "final" and (config.head != "lm" or config.pooler or config.projection):
+        return "not only an unembedding reads this site"
+    return None
+
+
+_BEFORE_CROSS = [*SITES].index("resid_mid")
+_ORDER = [*[*SITES][:_BEFORE_CROSS], *CROSS_SITES, *[*SITES][_BEFORE_CROSS:]]
 
 
 def _order(site: str) -> tuple[bool, int]:
@@ -87,30 +145,42 @@ def _order(site: str) -> tuple[bool, int]:
     A reader multiplies from the other side, and its constant must pass through what the
     writers made of the weight.
     """
-    return site in READERS, list(SITES).index(site)
+    return site in READERS, _ORDER.index(site)
 
 
-def unfoldable(edits: Mapping[str, Edit]) -> dict[str, str]:
-    """Sites whose edit cannot be folded, with the reason; empty when all can.
+def unfoldable(edits: Mapping[str, Edit], config: Config) -> dict[str, str]:
+    """Sites whose edit cannot be folded into a model of this config, with the reason.
 
-    Whether a scale after the rotary encoding is one number per head, as folding it
-    requires, is only seen by `fold` itself.
+    Empty when all can. Whether a scale after the rotary encoding is one number per head, as
+    folding it requires, is only seen by `fold` itself.
     """
     reasons = {}
     for site, edit in edits.items():
         try:
-            _check(site, edit)
+            _check(site, edit, _side(site, config))
         except ValueError as error:
             reasons[site] = str(error)
     return reasons
 
 
-def _check(site: str, edit: Edit) -> None:
+def _side(site: str, config: Config) -> ModelConfig:
+    if isinstance(config, ModelConfig):
+        return config
+    if not isinstance(config, EncoderDecoderConfig):
+        raise ValueError("the towers of a Clip are folded one by one")
+    return config.encoder if site.startswith(ENCODER) else config.decoder
+
+
+def _check(site: str, edit: Edit, config: ModelConfig) -> None:
     def refuse(why: str) -> None:
         raise ValueError(f"edit at {site!r} ({type(edit).__name__}) cannot be folded: {why}")
 
-    if site not in FOLDS and site not in ("embed", "final"):
+    inner = site.removeprefix(ENCODER)
+    if inner not in FOLDS and inner not in ("embed", "final"):
         refuse("no weight writes or reads this site alone")
+    obstacle = _in_the_way(inner, config)
+    if obstacle is not None:
+        refuse(obstacle)
     for part in edit.edits if isinstance(edit, Chain) else (edit,):
         if not isinstance(part, FOLDABLE):
             refuse(f"{type(part).__name__} is not a fixed affine map of the value")
@@ -126,7 +196,12 @@ def _fold_stacked(
     config: ModelConfig, params: Weights, site: str, edit: Edit
 ) -> tuple[Weights, ModelConfig]:
     names, rule = FOLDS[site]
-    paths = {name: f"blocks/{name}" for name in names}
+    names = tuple(name for name in names if config.gated or not name.startswith("mlp/gate"))
+    # The rules speak of self-attention; those of cross-attention's own weights are the same.
+    # What stands before `resid_mid` is the last of the two.
+    crossed = site.startswith("cross.") and site != "cross.resid_pre"
+    branch = "cross/" if crossed or (site == "resid_mid" and config.cross) else "attn/"
+    paths = {name: f"blocks/{name.replace('attn/', branch)}" for name in names}
     old = {name: _leaf(config, params, path) for name, path in paths.items()}
     sliced = layer_slices({site: edit}, config.n_layers)[site]
 
@@ -138,7 +213,7 @@ def _fold_stacked(
 
     new = jax.jit(partial(jax.lax.map, one_layer))((old, sliced))
     if not bool(jnp.all(new.pop("exact", jnp.array(True)))):
-        raise ValueError(INEXACT[site])
+        raise ValueError(_INEXACT[site])
     return params | {paths[n]: leaf.astype(old[n].dtype) for n, leaf in new.items()}, config
 
 
@@ -152,9 +227,14 @@ def _fold_outside(
         table = apply(table.astype(jnp.float32)[None])[0].astype(table.dtype)
     else:
         matrix, constant = _affine(apply, jnp.eye(config.d_model)[None])
-        if bool(jnp.any(constant)):
+        if bool(jnp.any(constant)) and not config.unembed_bias:
             raise ValueError("the unembedding has no bias")
-        unembed = (unembed.astype(jnp.float32) @ matrix[0].T).astype(unembed.dtype)
+        wide = unembed.astype(jnp.float32)
+        if config.unembed_bias:
+            bias = params["unembed/bias"]
+            shift = config.logit_scale * (wide @ constant[0, 0])
+            params = params | {"unembed/bias": bias + shift.astype(bias.dtype)}
+        unembed = (wide @ matrix[0].T).astype(unembed.dtype)
     params = params | {"embed/tokens": table, "unembed/kernel": unembed}
     return params, config.replace(tied=False)
 
@@ -228,10 +308,12 @@ def _read_z(weights: Weights, apply: Map) -> Weights:
 
 def _read(pairs: Mapping[str, str], weights: Weights, apply: Map) -> Weights:
     """Weights [n,...] and biases [...] of maps whose input is the site."""
-    size = weights[next(iter(pairs))].shape[0]
+    size = next(weights[name] for name in pairs if name in weights).shape[0]
     matrix, constant = _affine(apply, jnp.eye(size)[None])
     new = {}
     for weight, bias in pairs.items():
+        if weight not in weights:
+            continue
         new[weight] = jnp.tensordot(matrix[0], weights[weight], 1)
         new[bias] = weights[bias] + jnp.tensordot(constant[0, 0], weights[weight], 1)
     return new
@@ -251,7 +333,7 @@ _GATE_UP = {"mlp/gate": "mlp/gate_bias", "mlp/up": "mlp/up_bias"}
 _OUT = ("attn/o", "attn/o_bias")
 _DOWN = ("mlp/down", "mlp/down_bias")
 
-READERS = ("attn_in", "z", "mlp_in", "neurons", "final")
+READERS = ("attn_in", "z", "cross.attn_in", "cross.z", "mlp_in", "neurons", "final")
 """Sites that fold into the weights that read them; the others fold into their writers."""
 
 FOLDS: dict[str, tuple[tuple[str, ...], Rule]] = {
@@ -264,6 +346,14 @@ FOLDS: dict[str, tuple[tuple[str, ...], Rule]] = {
     "z": (_OUT, _read_z),
     "head_out": (_OUT, _write_head_out),
     "attn_out": (_OUT, _write_attn_out),
+    "cross.resid_pre": (("attn/o_bias",), partial(_shift, "attn/o_bias")),
+    "cross.attn_in": (("attn/q", "attn/q_bias"), partial(_read, {"attn/q": "attn/q_bias"})),
+    "cross.q": (("attn/q", "attn/q_bias"), partial(_write, "attn/q", "attn/q_bias")),
+    "cross.k": (("attn/k", "attn/k_bias"), partial(_write, "attn/k", "attn/k_bias")),
+    "cross.v": (("attn/v", "attn/v_bias"), partial(_write, "attn/v", "attn/v_bias")),
+    "cross.z": (_OUT, _read_z),
+    "cross.head_out": (_OUT, _write_head_out),
+    "cross.attn_out": (_OUT, _write_attn_out),
     "resid_mid": (("attn/o_bias",), partial(_shift, "attn/o_bias")),
     "mlp_in": ((*_GATE_UP, *_GATE_UP.values()), partial(_read, _GATE_UP)),
     "neurons": (_DOWN, partial(_read, {"mlp/down": "mlp/down_bias"})),

@@ -105,7 +105,7 @@ class AttendTo:
     def __call__(self, value: Array, context: Context) -> Array:
         """Returns the mixed pattern."""
         choose("reference", self.reference, REFERENCES)
-        allowed = context.allowed.astype(value.dtype)
+        allowed = context.visible.astype(value.dtype)
         seen = jnp.cumsum(allowed, axis=-1)
         if self.reference == "uniform":
             target = allowed / jnp.maximum(seen[..., -1:], 1)

@@ -7,12 +7,14 @@ D model width. Every function is usable on arrays of any model.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxheads.model.context import Context
+from jaxheads.model.norms import optional_norm
 from jaxheads.model.parameters import optional
 
 Array = jax.Array
@@ -28,19 +30,33 @@ def project(x: Array, weight: Array, bias: Array | None = None) -> Array:
     return heads if bias is None else heads + bias.astype(x.dtype)
 
 
-def attention_scores(q: Array, k: Array, allowed: Array) -> Array:
-    """Masked logits q.k / sqrt(Dh), float32 [B,H,T,S].
+def attention_scores(
+    q: Array,
+    k: Array,
+    allowed: Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Array | None = None,
+) -> Array:
+    """Masked attention logits, float32 [B,H,T,S].
 
     Args:
       q: [B,T,H,Dh].
       k: [B,S,K,Dh]; query head h reads key head h // (H/K).
       allowed: bool [B,1,T,S], True where a query sees a key.
+      scale: factor of q.k; None for Dh ** -0.5.
+      softcap: the logits x become softcap * tanh(x / softcap).
+      bias: [1 or B,H,T,S], added to the logits.
     """
     b, t, h, dh = q.shape
     s, kv = k.shape[1], k.shape[2]
     grouped = q.reshape(b, t, kv, h // kv, dh)
     logits = jnp.einsum("btkge,bske->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    return mask_scores(logits.reshape(b, h, t, s) * dh**-0.5, allowed)
+    logits = logits.reshape(b, h, t, s) * (dh**-0.5 if scale is None else scale)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    return mask_scores(logits if bias is None else logits + bias, allowed)
 
 
 def mask_scores(scores: Array, allowed: Array) -> Array:
@@ -67,30 +83,33 @@ def merge_heads(z: Array, weight: Array) -> Array:
 
 
 class Attention(nnx.Module):
-    """Holds q [D,H,Dh], k and v [D,K,Dh], o [H,Dh,D] and their optional biases."""
+    """Holds q [D,H,Dh], k and v [D,K,Dh], o [H,Dh,D], their optional biases and qk-norms."""
 
-    def __init__(self, params: Mapping[str, Array]) -> None:
+    def __init__(self, params: Mapping[str, Any]) -> None:
         self.q, self.k = nnx.Param(params["q"]), nnx.Param(params["k"])
         self.v, self.o = nnx.Param(params["v"]), nnx.Param(params["o"])
         self.q_bias, self.k_bias = optional(params, "q_bias"), optional(params, "k_bias")
         self.v_bias, self.o_bias = optional(params, "v_bias"), optional(params, "o_bias")
+        self.q_norm, self.k_norm = optional_norm(params, "q_norm"), optional_norm(params, "k_norm")
 
     def __call__(
         self, x: Array, context: Context, cached: tuple[Array, Array] | None
     ) -> tuple[Array, Context, tuple[Array, Array]]:
-        """Attention over x [B,T,D].
+        """Attention of x [B,T,D] to itself and to what is cached.
 
         Args:
-          x: normalised input of the branch.
+          x: what the branch reads.
           context: the place in the computation; carries mask, angles, edits and taps.
           cached: keys and values [B,S,K,Dh] of the slots before, or None.
 
         Returns:
-          The branch output [B,T,D], the context with what was visited, and the keys and
-          values [B,S,K,Dh] attended to.
+          The sum of the heads' writes and the bias [B,T,D], the context with what was
+          visited, and the keys and values [B,S,K,Dh] attended to.
         """
         q, context = context.visit("q_pre", project(x, self.q[...], _value(self.q_bias)))
         k, context = context.visit("k_pre", project(x, self.k[...], _value(self.k_bias)))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q, context.config), self.k_norm(k, context.config)
         q, context = context.visit("q", context.rotate(q))
         k, context = context.visit("k", context.rotate(k))
         v, context = context.visit("v", project(x, self.v[...], _value(self.v_bias)))
@@ -98,27 +117,68 @@ class Attention(nnx.Module):
             start = (0, context.start, 0, 0)
             k = jax.lax.dynamic_update_slice(cached[0], k.astype(cached[0].dtype), start)
             v = jax.lax.dynamic_update_slice(cached[1], v.astype(cached[1].dtype), start)
-        z, context = self._attend(q, k, v, context)
-        z, context = context.visit("z", z)
-        if context.wants("head_out"):
-            writes, context = context.visit("head_out", head_writes(z, self.o[...]))
+        out, context = self._heads(q, k, v, context, context.allowed, context.bias)
+        return out, context, (k, v)
+
+    def attend_to_memory(self, x: Array, context: Context) -> tuple[Array, Context]:
+        """Attention of x [B,T,D] to an encoder's output, at the sites `cross.*`."""
+        memory, allowed = context.memory, context.memory_allowed
+        if memory is None or allowed is None:
+            raise ValueError("a block with cross-attention needs the output of an encoder")
+        cross = "cross."
+        q, context = context.visit(cross + "q", project(x, self.q[...], _value(self.q_bias)))
+        k, context = context.visit(cross + "k", project(memory, self.k[...], _value(self.k_bias)))
+        v, context = context.visit(cross + "v", project(memory, self.v[...], _value(self.v_bias)))
+        return self._heads(q, k, v, context, allowed, None, cross)
+
+    def _heads(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        context: Context,
+        allowed: Array,
+        bias: Array | None,
+        prefix: str = "",
+    ) -> tuple[Array, Context]:
+        z, context = _attend(q, k, v, context, allowed, bias, prefix)
+        z, context = context.visit(prefix + "z", z)
+        if context.wants(prefix + "head_out"):
+            writes, context = context.visit(prefix + "head_out", head_writes(z, self.o[...]))
             out = writes.sum(axis=2)
         else:
             out = merge_heads(z, self.o[...])
         if self.o_bias is not None:
             out = out + self.o_bias[...].astype(out.dtype)
-        out, context = context.visit("attn_out", out)
-        return out, context, (k, v)
+        return out, context
 
-    @staticmethod
-    def _attend(q: Array, k: Array, v: Array, context: Context) -> tuple[Array, Context]:
-        if not context.wants("scores", "pattern"):
-            return jax.nn.dot_product_attention(q, k, v, mask=context.allowed), context
-        scores, context = context.visit("scores", attention_scores(q, k, context.allowed))
-        # The mask is the model's: an edit of the logits cannot reveal a key it hides.
-        scores = mask_scores(scores, context.allowed)
-        pattern, context = context.visit("pattern", jax.nn.softmax(scores, axis=-1))
-        return mix_values(pattern, v), context
+
+def _attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    context: Context,
+    allowed: Array,
+    bias: Array | None,
+    prefix: str,
+) -> tuple[Array, Context]:
+    """z [B,T,H,Dh]; the maps [B,H,T,S] exist only where somebody asks for them."""
+    scale, softcap = context.config.attn_scale, context.config.attn_softcap
+    if softcap is None and not context.wants(prefix + "scores", prefix + "pattern"):
+        # Not every backend multiplies float16 with float32 sums here.
+        dtype = jnp.float32 if q.dtype == jnp.float16 else q.dtype
+        k, v = k.astype(dtype), v.astype(dtype)
+        bias = None if bias is None else bias.astype(dtype)
+        z = jax.nn.dot_product_attention(
+            q.astype(dtype), k, v, bias=bias, mask=allowed, scale=scale
+        )
+        return z.astype(q.dtype), context
+    scores = attention_scores(q, k, allowed, scale=scale, softcap=softcap, bias=bias)
+    scores, context = context.visit(prefix + "scores", scores)
+    # The mask is the model's: an edit of the logits cannot reveal a key it hides.
+    scores = mask_scores(scores, allowed)
+    pattern, context = context.visit(prefix + "pattern", jax.nn.softmax(scores, axis=-1))
+    return mix_values(pattern, v), context
 
 
 def _value(param: nnx.Param | None) -> Array | None:

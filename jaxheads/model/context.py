@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 from jaxheads.model.config import ModelConfig
 from jaxheads.model.rotary import rotate
 from jaxheads.names import unknown
-from jaxheads.sites import ATTENTION_MAPS, SITES, find_site
+from jaxheads.sites import COMPUTED_IF_ASKED, SITES, find_site
 
 Array = jax.Array
 
@@ -103,7 +103,11 @@ class Context:
         padding and cached tokens included.
       token_mask: bool [B,T], True at real query tokens.
       allowed: bool [B,1,T,S], True where a query may see a key.
-      angles: rotary cosines and sines of the query positions.
+      angles: cosines and sines of the query positions, float32 [2,B,T,1,dim/2]; None where
+        the model has no rotary encoding.
+      bias: added to the attention logits, float32 [1,H,T,S], or None.
+      memory: output of the encoder [B,S,D], or None.
+      memory_allowed: bool [B,1,1,S], True where the encoder's token is real, or None.
       start: slot of the first query token (0 without a cache).
       phase: "prefill" or "decode".
       layer: int scalar, index of the block; None outside the stack.
@@ -119,9 +123,12 @@ class Context:
     slots: Array
     token_mask: Array
     allowed: Array
-    angles: tuple[Array, Array]
+    angles: Array | None
     start: Array | int
     phase: str
+    bias: Array | None = None
+    memory: Array | None = None
+    memory_allowed: Array | None = None
     layer: Array | None = None
     site: str = ""
     edits: Mapping[str, Edit] = field(default_factory=dict)
@@ -156,20 +163,27 @@ class Context:
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"edit at {site!r} failed on a value of shape {value.shape} "
-                f"({SITES[site].signature} without L): {error}"
+                f"({find_site(site).signature} without L): {error}"
             ) from error
         if edited.shape != value.shape:
             raise ValueError(
                 f"edit at {site!r} must return shape {value.shape} "
-                f"({SITES[site].signature} without L), got {edited.shape}"
+                f"({find_site(site).signature} without L), got {edited.shape}"
             )
         return edited.astype(value.dtype)
 
     @property
     def token_axis(self) -> int:
         """Axis of the query tokens in the value of `site`."""
-        axes = SITES[self.site].axes
+        axes = find_site(self.site).axes
         return axes.index("T")
+
+    @property
+    def visible(self) -> Array:
+        """bool [B,1,T,S], True where a query of `site` sees a key ([B,1,1,S] under "cross.")."""
+        if self.site.startswith("cross.") and self.memory_allowed is not None:
+            return self.memory_allowed
+        return self.allowed
 
     def wants(self, *sites: str) -> bool:
         """Whether any of these sites is edited, tapped, or read by an edit or reducer."""
@@ -180,7 +194,7 @@ class Context:
 
     def rotate(self, heads: Array) -> Array:
         """Applies the rotary encoding of the query positions to [B,T,H,Dh]."""
-        return rotate(heads, *self.angles)
+        return heads if self.angles is None else rotate(heads, self.angles[0], self.angles[1])
 
     def __getattr__(self, name: str) -> Array:
         # Reached only for names that are not fields: the values of sites.
@@ -190,7 +204,7 @@ class Context:
         if name not in SITES:
             fields = (field.name for field in dataclasses.fields(self))
             raise AttributeError(unknown("attribute of context", name, (*SITES, *fields)))
-        if name in (*ATTENTION_MAPS, "head_out"):
+        if name in COMPUTED_IF_ASKED:
             raise AttributeError(
                 f"context.{name} is not computed unless asked for: name it in `needs`"
             )

@@ -1,4 +1,4 @@
-"""The gated MLP (Shazeer 2020, eq. 5-6)."""
+"""The MLP: gated (Shazeer 2020, eq. 5-6) or plain."""
 
 from __future__ import annotations
 
@@ -15,23 +15,27 @@ from jaxheads.model.parameters import optional
 Array = jax.Array
 
 
-class GatedMLP(nnx.Module):
-    """Holds gate and up [D,F], down [F,D] and their optional biases."""
+class MLP(nnx.Module):
+    """Holds up [D,F] and down [F,D], gate [D,F] if gated, and their optional biases."""
 
     def __init__(self, params: Mapping[str, Array]) -> None:
-        self.gate, self.up = nnx.Param(params["gate"]), nnx.Param(params["up"])
-        self.down = nnx.Param(params["down"])
-        self.gate_bias, self.up_bias = optional(params, "gate_bias"), optional(params, "up_bias")
-        self.down_bias = optional(params, "down_bias")
+        self.gate, self.gate_bias = optional(params, "gate"), optional(params, "gate_bias")
+        self.up, self.up_bias = nnx.Param(params["up"]), optional(params, "up_bias")
+        self.down, self.down_bias = nnx.Param(params["down"]), optional(params, "down_bias")
 
     def __call__(self, x: Array, context: Context) -> tuple[Array, Context]:
-        """Maps x [B,T,D] to the branch output [B,T,D]."""
+        """Maps x [B,T,D] to what the branch computes [B,T,D]."""
         activation = ACTIVATIONS[context.config.activation]
-        gate = activation(_linear(x, self.gate, self.gate_bias))
-        neurons, context = context.visit("neurons", gate * _linear(x, self.up, self.up_bias))
-        return context.visit("mlp_out", _linear(neurons, self.down, self.down_bias))
+        neurons = linear(x, self.up, self.up_bias)
+        if self.gate is None:
+            neurons = activation(neurons)
+        else:
+            neurons = activation(linear(x, self.gate, self.gate_bias)) * neurons
+        neurons, context = context.visit("neurons", neurons)
+        return linear(neurons, self.down, self.down_bias), context
 
 
-def _linear(x: Array, weight: nnx.Param, bias: nnx.Param | None) -> Array:
-    out = jnp.einsum("bti,io->bto", x, weight[...].astype(x.dtype))
+def linear(x: Array, weight: nnx.Param, bias: nnx.Param | None) -> Array:
+    """x [...,I] @ weight [I,O] (+ bias [O]) in the dtype of x."""
+    out = jnp.einsum("...i,io->...o", x, weight[...].astype(x.dtype))
     return out if bias is None else out + bias[...].astype(x.dtype)

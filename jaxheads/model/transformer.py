@@ -18,19 +18,22 @@ import numpy as np
 from flax import nnx, struct
 
 from jaxheads.model.batch import Batch
-from jaxheads.model.block import Block
 from jaxheads.model.cache import KVCache
-from jaxheads.model.config import ModelConfig
-from jaxheads.model.context import Context, Edit, Tap, TapsLike, as_taps, layer_slices
-from jaxheads.model.norms import RMSNorm
+from jaxheads.model.checks import check_images, check_sites, check_slots, check_tokens, check_types
+from jaxheads.model.config import ACTIVATIONS, ModelConfig
+from jaxheads.model.context import Context, Edit, Tap, TapsLike, as_taps
+from jaxheads.model.embedding import embed_tokens
+from jaxheads.model.mlp import linear
+from jaxheads.model.norms import Norm
 from jaxheads.model.parameters import (
     Tree,
     check_parameters,
     nest,
+    optional,
     parameter_table,
     random_parameters,
 )
-from jaxheads.model.rotary import rotary_angles
+from jaxheads.model.tower import Tower
 from jaxheads.names import choose
 from jaxheads.sites import find_site
 
@@ -43,35 +46,82 @@ class Output:
     """What one forward pass returns.
 
     Attributes:
-      logits: float32 [B,T,V]; [B,N,V] where `logits_at` chose N slots.
+      logits: float32 [B,T,V]; [B,N,V] where `logits_at` chose N slots; [B,1,V] of a
+        classifier; None of a model without a head.
       taps: what was tapped, by name; sites of the stack have a leading layer axis.
       cache: the cache with this pass's keys and values, or None if none was given.
+      pooled: [B,D] of a model with a pooler, [B,Z] of one with a projection (unless
+        `logits_at` chose slots), else None.
     """
 
     logits: Array
     taps: dict[str, Any]
     cache: KVCache | None = None
-
-
-class Embedding(nnx.Module):
-    """Holds the table `tokens` [V,D]."""
-
-    def __init__(self, params: Mapping[str, Array]) -> None:
-        self.tokens = nnx.Param(params["tokens"])
+    pooled: Array | None = None
 
 
 class Unembedding(nnx.Module):
-    """Holds the map `kernel` [V,D] from the final norm to logits."""
+    """Holds kernel [V,D], the map to logits, unless it is the embedding; and their bias [V]."""
+
+    def __init__(self, params: Mapping[str, Array]) -> None:
+        self.kernel, self.bias = optional(params, "kernel"), optional(params, "bias")
+
+    def __call__(self, x: Array, table: Array | None, config: ModelConfig) -> Array:
+        """Logits [B,T,V], float32, of x [B,T,D]; `table` [V,D] is the embedding."""
+        kernel = table if self.kernel is None else self.kernel[...]
+        assert kernel is not None, "tied to an embedding that is not there"
+        if config.logit_scale != 1:
+            x = x * config.logit_scale
+        logits = jnp.einsum(
+            "btd,vd->btv", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32
+        )
+        if self.bias is not None:
+            logits = logits + self.bias[...].astype(jnp.float32)
+        if config.logit_softcap is not None:
+            logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
+        return logits
+
+
+class MaskedHead(nnx.Module):
+    """Holds dense [D,E], its bias and a norm: what BERT puts before the unembedding."""
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        self.dense, self.dense_bias = nnx.Param(params["dense"]), optional(params, "dense_bias")
+        self.norm = Norm(params["norm"])
+
+    def __call__(self, x: Array, config: ModelConfig) -> Array:
+        """Maps x [B,T,D] to [B,T,D]."""
+        activation = ACTIVATIONS[config.activation]
+        return self.norm(activation(linear(x, self.dense, self.dense_bias)), config)
+
+
+class Pooler(nnx.Module):
+    """Holds kernel [D,E] and bias [E] of a dense layer with tanh over the first token."""
+
+    def __init__(self, params: Mapping[str, Array]) -> None:
+        self.kernel, self.bias = nnx.Param(params["kernel"]), nnx.Param(params["bias"])
+
+    def __call__(self, x: Array) -> Array:
+        """Maps x [B,D] to [B,D]."""
+        return jnp.tanh(linear(x, self.kernel, self.bias))
+
+
+class Projection(nnx.Module):
+    """Holds kernel [D,Z]: one token's vector as CLIP compares it."""
 
     def __init__(self, params: Mapping[str, Array]) -> None:
         self.kernel = nnx.Param(params["kernel"])
 
+    def __call__(self, x: Array) -> Array:
+        """Maps x [B,D] to [B,Z]."""
+        return linear(x, self.kernel, None)
 
-class Transformer(nnx.Module):
-    """A decoder as a pytree: its leaves are the parameters, its config is static.
 
-    Use it with plain `jax.jit`, `grad`, `vmap`, `lax.scan` and `checkpoint`; nothing in it
-    is ever updated in place.
+class Transformer(Tower):
+    """One stack of blocks as a pytree: its leaves are the parameters, its config is static.
+
+    A language model, a text encoder or a vision model. Use it with plain `jax.jit`, `grad`,
+    `vmap`, `lax.scan` and `checkpoint`; nothing in it is ever updated in place.
     """
 
     def __init__(self, config: ModelConfig, params: Mapping[str, Any]) -> None:
@@ -85,11 +135,11 @@ class Transformer(nnx.Module):
           ValueError: a parameter is missing, unexpected or of the wrong shape.
         """
         check_parameters(config, params)
-        self.config = config
-        self.embed = Embedding(params["embed"])
-        self.blocks = Block(params["blocks"])
-        self.final_norm = RMSNorm(params["final_norm"])
-        self.unembed = None if config.tied else Unembedding(params["unembed"])
+        super().__init__(config, params)
+        self.head = MaskedHead(params["head"]) if "head" in params else None
+        self.unembed = None if config.head == "none" else Unembedding(params.get("unembed", {}))
+        self.pooler = Pooler(params["pooler"]) if "pooler" in params else None
+        self.projection = Projection(params["projection"]) if "projection" in params else None
 
     @classmethod
     def random(cls, config: ModelConfig, key: Array, dtype: str = "float32") -> Transformer:
@@ -136,11 +186,13 @@ class Transformer(nnx.Module):
         cache: KVCache | None = None,
         phase: str = "prefill",
         logits_at: Array | np.ndarray | None = None,
+        token_types: Array | np.ndarray | None = None,
     ) -> Output:
         """Runs the model. Compiled once per shape and structure of the arguments.
 
         Args:
-          tokens: int [B,T], or a `Batch` that carries its mask.
+          tokens: int [B,T], or a `Batch` that carries its mask; for a vision model images,
+            float [B,height,width,C], normalised as its preprocessor does.
           mask: bool [B,T], True at real tokens; None when all are real. A row gives the
             same values at its real tokens however it is padded, left or right.
           edits: what to change, e.g. `jh.mask_heads(config, [(18, 6)])`.
@@ -150,6 +202,7 @@ class Transformer(nnx.Module):
           phase: "prefill" or "decode"; edits may be restricted to one of them.
           logits_at: int [B,N], slots of the given tokens at which `final` and `logits` are
             computed; None for all. Saves the unembedding where it is not needed.
+          token_types: int [B,T], for models with token types; None for the first type.
 
         Returns:
           An `Output`.
@@ -169,68 +222,15 @@ class Transformer(nnx.Module):
             find_site(site)
         if not hasattr(tokens, "shape"):
             tokens = np.asarray(tokens)
-        check_tokens(self.config, tokens, mask, cache)
-        _check_slots(logits_at, *tokens.shape)
-        return _forward(self, tokens, mask, edits, as_taps(taps), cache, logits_at, phase=phase)
-
-
-def check_tokens(
-    config: ModelConfig,
-    tokens: Array | np.ndarray,
-    mask: Array | np.ndarray | None = None,
-    cache: KVCache | None = None,
-) -> None:
-    """Raises ValueError for token ids that the model cannot take.
-
-    Ids are compared with the vocabulary only when they are concrete, not under a trace.
-    """
-    shape = jnp.shape(tokens)
-    if len(shape) != 2:
-        raise ValueError(f"tokens must have shape [B,T], got {shape}")
-    if not np.issubdtype(jnp.asarray(tokens).dtype, np.integer):
-        raise ValueError(f"tokens must be integers, got {jnp.asarray(tokens).dtype}")
-    if 0 in shape:
-        raise ValueError(f"tokens of shape {shape} are empty: a prompt needs at least one token")
-    if mask is not None and jnp.shape(mask) != shape:
-        raise ValueError(f"mask has shape {jnp.shape(mask)}, expected that of tokens, {shape}")
-    if mask is not None and jnp.asarray(mask).dtype != bool:
-        raise ValueError(f"mask must be bool, got {jnp.asarray(mask).dtype}")
-    if shape[1] > config.context_length:
-        raise ValueError(
-            f"a sequence of {shape[1]} tokens exceeds the model's context of "
-            f"{config.context_length}"
-        )
-    if cache is not None:
-        if cache.mask.shape[0] != shape[0]:
-            raise ValueError(f"{shape[0]} rows do not fit a cache of {cache.mask.shape[0]} rows")
-        known = not isinstance(cache.length, jax.core.Tracer)
-        used = int(cache.length) if known else 0
-        if used + shape[1] > cache.size:
-            after = f" after {used} others" if used else ""
-            raise ValueError(f"{shape[1]} tokens{after} do not fit a cache of {cache.size} slots")
-    if not isinstance(tokens, jax.core.Tracer):
-        ids = np.asarray(tokens)
-        low, high = ids.min(), ids.max()
-        if low < 0 or high >= config.vocab_size:
-            bad = low if low < 0 else high
-            raise ValueError(f"token id {bad} is outside the vocabulary of {config.vocab_size}")
-
-
-def _check_slots(logits_at: Array | np.ndarray | None, rows: int, width: int) -> None:
-    if logits_at is None:
-        return
-    shape = jnp.shape(logits_at)
-    dtype = jnp.asarray(logits_at).dtype
-    if len(shape) != 2 or shape[0] != rows or not np.issubdtype(dtype, np.integer):
-        raise ValueError(
-            f"logits_at must be integers of shape [B,N] with B={rows}, got {dtype} of {shape}"
-        )
-    if not isinstance(logits_at, jax.core.Tracer) and logits_at.size:
-        slots = np.asarray(logits_at)
-        if slots.min() < 0 or slots.max() >= width:
-            raise ValueError(
-                f"logits_at must lie in 0..{width - 1}, got {slots.min()} to {slots.max()}"
-            )
+        if self.config.image is not None:
+            check_images(self.config, tokens, mask, cache, logits_at)
+        else:
+            check_tokens(self.config, tokens, mask, cache)
+            check_slots(logits_at, *tokens.shape)
+        check_types(self.config, tokens, token_types)
+        taps = as_taps(taps)
+        check_sites(self.config, edits, taps)
+        return _forward(self, tokens, mask, edits, taps, cache, logits_at, token_types, phase=phase)
 
 
 @partial(jax.jit, static_argnames=("phase",))
@@ -242,78 +242,52 @@ def _forward(
     taps: dict[str, Tap],
     cache: KVCache | None,
     logits_at: Array | None,
+    token_types: Array | None,
     *,
     phase: str,
 ) -> Output:
     config = model.config
-    outside = {site: edit for site, edit in edits.items() if not find_site(site).stacked}
-    inside = layer_slices(edits, config.n_layers)
-    context, cache = _begin(config, tokens, mask, cache, phase)
-    context = replace(context, edits=outside, taps=taps)
-
-    table = model.embed.tokens[...]
-    # An id outside the vocabulary becomes NaN rather than some other token.
-    rows = jnp.where(tokens < 0, config.vocab_size, tokens)
-    embedded = jnp.take(table, rows, axis=0, mode="fill").astype(config.compute_dtype)
-    x, context = context.visit("embed", embedded)
-
-    def body(x: Array, layer: tuple) -> tuple[Array, tuple]:
-        block, edits_here, index, cached = layer
-        here = replace(context, layer=index, edits=edits_here, tapped={}, values={})
-        x, here, attended = block(x, here, cached)
-        return x, (here.tapped, attended if cache is not None else None)
-
-    cached = None if cache is None else (cache.k, cache.v)
-    layers = (model.blocks, inside, jnp.arange(config.n_layers), cached)
-    x, (tapped, attended) = jax.lax.scan(body, x, layers)
+    table = None if model.embed.tokens is None else model.embed.tokens[...]
+    if table is None:
+        x = model.embed.embed_images(tokens, config)
+        mask = jnp.ones(x.shape[:2], bool)
+    else:
+        x = embed_tokens(table, tokens, config)
+        mask = jnp.ones(tokens.shape, bool) if mask is None else mask
+    context, cache = model.begin(mask, cache, phase, edits, taps)
+    x = model.embed(x, context.positions, token_types, config)
+    x, context = context.visit("embed", x)
+    x, tapped, cache = model.run(x, context, edits, cache)
 
     if logits_at is not None:
-        context = _read_at(context, logits_at)
+        context = read_at(context, logits_at)
         x = jnp.take_along_axis(x, jnp.asarray(logits_at)[..., None], axis=1)
-    x, context = context.visit("final", model.final_norm(x, config.norm_eps))
-    kernel = table if model.unembed is None else model.unembed.kernel[...]
-    logits = jnp.einsum(
-        "btd,vd->btv", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32
-    )
-    logits, context = context.visit("logits", logits)
-    if cache is not None:
-        length = cache.length + tokens.shape[1]
-        cache = replace(cache, k=attended[0], v=attended[1], length=length)
-    return Output(logits, {**context.tapped, **tapped}, cache)
+    x, context = model.finish(x, context)
+    pooled, pool = None, model.pooler or model.projection
+    if pool is not None and logits_at is None:
+        slot = _pooled_slot(config, tokens, mask)[:, None, None]
+        pooled = pool(jnp.take_along_axis(x, slot, axis=1)[:, 0])
+    logits: Any = None
+    if model.unembed is not None:
+        read = x[:, :1] if config.head == "classes" else x
+        if model.head is not None:
+            read = model.head(read, config)
+        logits, context = context.visit("logits", model.unembed(read, table, config))
+    return Output(logits, {**context.tapped, **tapped}, cache, pooled)
 
 
-def _begin(
-    config: ModelConfig, tokens: Array, mask: Array | None, cache: KVCache | None, phase: str
-) -> tuple[Context, KVCache | None]:
-    """Positions, visibility and angles of these tokens, shared by every layer."""
-    mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-    count = jnp.cumsum(mask, axis=1) - 1
-    start: Array | int = 0
-    key_mask = mask
-    if cache is not None:
-        start = cache.length
-        count = count + cache.mask.sum(axis=1, keepdims=True)
-        key_mask = jax.lax.dynamic_update_slice(cache.mask, mask, (0, start))
-        cache = replace(cache, mask=key_mask)
-    positions = jnp.maximum(count, 0)
-    slots = start + jnp.arange(tokens.shape[1])
-    causal = jnp.arange(key_mask.shape[1]) <= slots[:, None]
-    context = Context(
-        config=config,
-        positions=positions,
-        slots=slots[None],
-        token_mask=mask,
-        allowed=(causal & key_mask[:, None, :])[:, None],
-        angles=rotary_angles(positions, config.head_dim, config.rope_base),
-        start=start,
-        phase=phase,
-    )
-    return context, cache
-
-
-def _read_at(context: Context, slots: Array) -> Context:
+def read_at(context: Context, slots: Array) -> Context:
     """The context of the chosen slots [B,N] only, for what follows the stack."""
     positions = jnp.take_along_axis(context.positions, slots, axis=1)
     token_mask = jnp.take_along_axis(context.token_mask, slots, axis=1)
     slots = slots + context.start
     return replace(context, positions=positions, token_mask=token_mask, slots=slots)
+
+
+def _pooled_slot(config: ModelConfig, tokens: Array, mask: Array) -> Array:
+    """int [B]: the slot of the token that stands for the whole row."""
+    if config.projected == "eos":
+        return jnp.argmax((tokens == config.eos_id) & mask, axis=1)
+    if config.projected == "highest":
+        return jnp.argmax(jnp.where(mask, tokens, -1), axis=1)
+    return jnp.argmax(mask, axis=1)

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import decoders
 
 from jaxheads.model.batch import Array, Batch, pack
-from jaxheads.names import choose, unknown
+from jaxheads.names import choose
 from jaxheads.text.chat import Message, default_template, render_chat
+from jaxheads.text.frame import frame
+from jaxheads.text.gguf_tokenizer import gguf_tokenizer
+from jaxheads.text.gguf_vocabulary import ROLES
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+_ROLES = tuple(ROLES)
 
 
 class Tokenizer:
@@ -34,7 +37,8 @@ class Tokenizer:
     Attributes:
       backend: the `tokenizers` object that does the work.
       special_tokens: text of the tokens in the roles "bos_token", "eos_token",
-        "pad_token" and "unk_token"; a role the model does not have is absent.
+        "pad_token", "unk_token", "cls_token", "sep_token" and "mask_token"; a role the
+        model does not have is absent.
       chat_template: jinja2 source, or None.
       vocab_size: number of tokens, added ones included. A model may have more
         embedding rows.
@@ -98,7 +102,7 @@ class Tokenizer:
         if "add_bos_token" in config or "add_eos_token" in config:
             first = special.get("bos_token") if config.get("add_bos_token") else None
             last = special.get("eos_token") if config.get("add_eos_token") else None
-            _frame(backend, first, last)
+            frame(backend, first, last)
         template = file.with_name("chat_template.jinja")
         text = template.read_text(encoding="utf-8") if template.is_file() else None
         return cls(backend, special, text or default_template(config.get("chat_template")))
@@ -111,30 +115,17 @@ class Tokenizer:
           source: the file, or an open `gguf.GGUFReader`.
 
         Raises:
-          ValueError: the file has no byte-level BPE tokenizer, or names a
-            pre-tokenizer that is not known here.
+          ValueError: the file has a tokenizer other than byte-level BPE, SentencePiece
+            (BPE or Unigram) and WordPiece, names a pre-tokenizer that is not known
+            here, or lacks fields.
         """
         if isinstance(source, str | os.PathLike):
             from gguf import GGUFReader
 
             source = GGUFReader(source)
-        fields = {
-            name.removeprefix("tokenizer."): field.contents()
-            for name, field in source.fields.items()
-            if name.startswith("tokenizer.")
-        }
-        kind = fields.get("ggml.model")
-        if kind != "gpt2":
-            raise ValueError(
-                f"{unknown('GGUF tokenizer', kind, ['gpt2'])} "
-                "Load the model's tokenizer.json instead."
-            )
-        special = {
-            role: fields["ggml.tokens"][fields[f"ggml.{name}_token_id"]]
-            for role, name in zip(_ROLES, ("bos", "eos", "padding", "unknown"), strict=True)
-            if f"ggml.{name}_token_id" in fields
-        }
-        return cls(_byte_level(fields, special), special, fields.get("chat_template"))
+        backend, special = gguf_tokenizer(source)
+        template = source.get_field("tokenizer.chat_template")
+        return cls(backend, special, template.contents() if template is not None else None)
 
     def __call__(
         self,
@@ -208,7 +199,7 @@ class Tokenizer:
         """
         row, tokens = self._tokens(ids)
         if not isinstance(self.backend.decoder, decoders.ByteLevel):
-            return [token.replace("▁", " ") for token in tokens]
+            return [_fallback_byte(token) or token.replace("▁", " ") for token in tokens]
         added = self.backend.get_added_tokens_decoder()
         return [
             token if index in added else _readable(token)
@@ -309,77 +300,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def _frame(backend: tokenizers.Tokenizer, first: str | None, last: str | None) -> None:
-    """Makes the tokenizer put one token before every text and one after."""
-    around = [token for token in (first, last) if token is not None]
-    template = [token for token in (first, "$A", last) if token is not None]
-    backend.post_processor = processors.TemplateProcessing(
-        single=template,
-        special_tokens=[(token, backend.token_to_id(token)) for token in dict.fromkeys(around)],
-    )
-
-
-# GGUF: a file only names its pre-tokenizer; readers have to know what the name means.
-
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_CONTROL, _USER_DEFINED = 3, 4  # Values of gguf.TokenType.
-
-
-@dataclass(frozen=True)
-class _Pre:
-    """What llama.cpp means by the name of a pre-tokenizer."""
-
-    split: pre_tokenizers.PreTokenizer
-    ignore_merges: bool = False
-    adds_bos: bool = False
-
-
-_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-_DIGITS = pre_tokenizers.Digits(individual_digits=True)
-_LLAMA3 = pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_SPLIT), behavior="isolated")
-_BYTES_ONLY = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-
-_PRE: Mapping[str, _Pre] = {
-    "gpt-2": _Pre(_WORDS),
-    "smollm": _Pre(pre_tokenizers.Sequence([_DIGITS, _WORDS])),
-    "llama-bpe": _Pre(
-        pre_tokenizers.Sequence([_LLAMA3, _BYTES_ONLY]), ignore_merges=True, adds_bos=True
-    ),
-}
-
-
-def _byte_level(fields: Mapping[str, Any], special: Mapping[str, str]) -> tokenizers.Tokenizer:
-    """The tokenizer of a GGUF file of model "gpt2", from its fields."""
-    # A file without a name, or named "default", was split in ways that differ by reader.
-    pre = _PRE[choose("GGUF pre-tokenizer", fields.get("ggml.pre", "(not named)"), _PRE)]
-    tokens: list[str] = fields["ggml.tokens"]
-    merges = [(left, right) for left, _, right in (m.partition(" ") for m in fields["ggml.merges"])]
-    backend = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=merges,
-            ignore_merges=pre.ignore_merges,
-        )
-    )
-    backend.pre_tokenizer = pre.split
-    backend.decoder = decoders.ByteLevel()
-    types = list(zip(tokens, fields.get("ggml.token_type", ()), strict=False))
-    backend.add_special_tokens(
-        [AddedToken(token, normalized=False) for token, kind in types if kind == _CONTROL]
-    )
-    backend.add_tokens(
-        [AddedToken(token, normalized=False) for token, kind in types if kind == _USER_DEFINED]
-    )
-    adds_bos = fields.get("ggml.add_bos_token", pre.adds_bos)
-    _frame(
-        backend,
-        special.get("bos_token") if adds_bos else None,
-        special.get("eos_token") if fields.get("ggml.add_eos_token") else None,
-    )
-    return backend
+# Text of tokens alone.
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -398,3 +319,9 @@ def _readable(token: str) -> str:
     if any(character not in _BYTES for character in token):
         return token
     return bytes(_BYTES[character] for character in token).decode("utf-8", "backslashreplace")
+
+
+def _fallback_byte(token: str) -> str | None:
+    """The text of a SentencePiece token such as <0x0A>, which is one byte; else None."""
+    found = re.fullmatch("<0x([0-9A-F]{2})>", token)
+    return found and bytes.fromhex(found[1]).decode("utf-8", "backslashreplace")
