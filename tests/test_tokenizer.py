@@ -8,7 +8,6 @@ from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import tokenizers
@@ -305,69 +304,3 @@ def test_from_file_errors(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a tokenizer"):
         Tokenizer.from_file(tmp_path)
-
-
-# GGUF files.
-
-
-def small_gguf(tmp_path: Path, pre: str | None, model: str = "gpt2", **flags: bool) -> Path:
-    """A GGUF file with a byte-level vocabulary, merges up to "123" and two added tokens."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<s>", "<tool>", *letters, "12", "123"]
-    types = [gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED]
-    types += [gguf.TokenType.NORMAL] * (len(tokens) - 2)
-    path = tmp_path / "small.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model(model)
-    if pre is not None:
-        writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(["1 2", "12 3"])
-    writer.add_bos_token_id(0)
-    for name, value in flags.items():
-        writer.add_bool(f"tokenizer.ggml.{name}", value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-@pytest.mark.parametrize(
-    "pre, pieces",
-    [
-        ("smollm", ["1", "2", "3", "4", "<tool>"]),
-        ("gpt-2", ["123", "4", "<tool>"]),
-        ("llama-bpe", ["<s>", "123", "4", "<tool>"]),
-    ],
-)
-def test_gguf_pre_tokenizers(tmp_path: Path, pre: str, pieces: list[str]) -> None:
-    path = small_gguf(tmp_path, pre)
-    for source in (path, str(path), gguf.GGUFReader(path)):
-        tokenizer = Tokenizer.from_gguf(source)
-        ids = tokenizer.encode("1234<tool>")
-        assert tokenizer.pieces(ids) == pieces
-        # A user-defined token is added but not special; <s> is special.
-        assert tokenizer.decode(ids, skip_special=True) == "1234<tool>"
-    assert tokenizer.chat_template is None
-
-
-def test_gguf_bos_is_the_files_choice(tmp_path: Path) -> None:
-    assert Tokenizer.from_gguf(small_gguf(tmp_path, "gpt-2", add_bos_token=True)).encode("")
-    path = small_gguf(tmp_path, "llama-bpe", add_bos_token=False)
-    assert Tokenizer.from_gguf(path).encode("") == []
-
-
-@pytest.mark.parametrize(
-    "pre, model, message",
-    [
-        ("smolm", "gpt2", "unknown GGUF pre-tokenizer 'smolm'. Did you mean 'smollm'"),
-        ("default", "gpt2", "unknown GGUF pre-tokenizer 'default'"),
-        (None, "gpt2", "not named"),
-        ("smollm", "llama", "unknown GGUF tokenizer 'llama'.* tokenizer.json instead"),
-    ],
-)
-def test_gguf_refusals(tmp_path: Path, pre: str | None, model: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Tokenizer.from_gguf(small_gguf(tmp_path, pre, model))

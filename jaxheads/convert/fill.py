@@ -68,6 +68,9 @@ def fill_parameters(
     with ThreadPoolExecutor(_cores()) as pool:
         for path, parameter in table.items():
             pieces = _pieces(places[path], parameter.shape, kind)
+            if len(plan[path]) < math.prod(parameter.shape[: len(plan[path][0].index)]):
+                for piece in pieces:
+                    piece.buffer[...] = 0
 
             def fill(slot: Slot, pieces: list[_Piece] = pieces) -> str:
                 array = to_parameter(reader.read(slot.name), slot, config)
@@ -173,7 +176,7 @@ def _pieces(place: Sharding | None, shape: tuple[int, ...], dtype: np.dtype[Any]
         _Piece(
             tuple(slice(start, stop) for start, stop in bounds),
             tuple(devices),
-            _zeros(tuple(stop - start for start, stop in bounds), dtype),
+            _empty(tuple(stop - start for start, stop in bounds), dtype),
         )
         for bounds, devices in holders.items()
     ]
@@ -188,10 +191,14 @@ def _on_devices(pieces: list[_Piece], place: Sharding | None, shape: tuple[int, 
     return jax.make_array_from_single_device_arrays(shape, place, arrays)
 
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """Zeros, not touched yet, at an address that the CPU backend takes over uncopied."""
+def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """An array, not touched yet, at an address that the CPU backend takes over uncopied.
+
+    Of `np.empty`, which asks for huge pages where `np.zeros` does not: first touching them
+    takes a quarter of the time.
+    """
     size = math.prod(shape) * dtype.itemsize
-    buffer = np.zeros(size + 64, np.uint8)
+    buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     return buffer[start : start + size].view(dtype).reshape(shape)
 

@@ -69,14 +69,14 @@ def _byte_level(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
 
 
 def _sentencepiece_bpe(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
+    tokens, scores = vocabulary.tokens, vocabulary.scores()
+    merged = [kind in (TokenType.NORMAL, TokenType.USER_DEFINED) for kind in vocabulary.types]
+    if len(set(scores)) == 1:
+        raise ValueError(f"every entry of tokenizer.ggml.scores is {scores[0]}: no order to merge")
     backend = tokenizers.Tokenizer(
         models.BPE(
-            vocab=_ids(vocabulary.tokens),
-            merges=merges_of_scores(
-                vocabulary.tokens,
-                vocabulary.scores(),
-                [kind in (TokenType.NORMAL, TokenType.USER_DEFINED) for kind in vocabulary.types],
-            ),
+            vocab=_ids(tokens),
+            merges=merges_of_scores(tokens, scores, merged),
             unk_token=vocabulary.role("unk_token"),
             fuse_unk=True,
             byte_fallback=TokenType.BYTE in vocabulary.types,
@@ -85,11 +85,13 @@ def _sentencepiece_bpe(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
     prefix = vocabulary.flag("add_space_prefix", True)
     backend.normalizer = normalizers.Sequence(_escape(prefix))
     backend.decoder = _unescape(prefix)
-    # Phi-3's markers swallow the line break after them; only llama.cpp's code says so.
+    # Phi-3's markers swallow the line break after them; their files do not say so.
     markers = set(vocabulary.of_type(TokenType.CONTROL, TokenType.USER_DEFINED))
     markers -= {"<unk>", "<s>", "<|endoftext|>"}
     after = frozenset(markers if vocabulary.architecture == "phi3" else ())
-    add_tokens(backend, vocabulary, takes_space_after=after)
+    # SentencePiece looks for user-defined pieces where spaces are ▁ already. With a prefix
+    # that would prefix the pieces themselves; such models have no pieces of spaces.
+    add_tokens(backend, vocabulary, normalized=not prefix, takes_space_after=after)
     _frame_text(backend, vocabulary, adds_bos=True, adds_eos=False)
     return backend
 
@@ -123,9 +125,15 @@ def merges_of_scores(
 
 
 def _sentencepiece_unigram(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
+    """SentencePiece's Unigram.
+
+    Equal to SentencePiece but for splits of exactly equal probability, where SentencePiece's
+    32-bit sums decide, and text that spells a byte token, such as <0x41>, with characters
+    which the vocabulary lacks.
+    """
     scores = vocabulary.scores()
     usable = [kind in (TokenType.NORMAL, TokenType.USER_DEFINED) for kind in vocabulary.types]
-    # Control tokens and the like are no pieces of text: no path through a text may use them.
+    # Control tokens and bytes are no pieces of text: any other way to write it is likelier.
     worst = min((score for score, use in zip(scores, usable, strict=True) if use), default=0.0)
     never = worst - 1e4
     pieces = [

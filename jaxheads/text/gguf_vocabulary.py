@@ -124,6 +124,7 @@ def add_tokens(
     backend: tokenizers.Tokenizer,
     vocabulary: Vocabulary,
     *,
+    normalized: bool = False,
     takes_space_before: frozenset[str] = frozenset(),
     takes_space_after: frozenset[str] = frozenset(),
 ) -> None:
@@ -132,15 +133,16 @@ def add_tokens(
     Args:
       backend: a tokenizer whose model has these tokens.
       vocabulary: where they are from. Control tokens and the unknown token are special.
+      normalized: whether user-defined tokens match the normalized text, not the raw one.
       takes_space_before: tokens that swallow the white space on their left.
       takes_space_after: tokens that swallow the white space on their right.
     """
 
-    def added(*types: TokenType) -> list[AddedToken]:
+    def added(*types: TokenType, normalized: bool = False) -> list[AddedToken]:
         return [
             AddedToken(
                 token,
-                normalized=False,
+                normalized=normalized,
                 lstrip=token in takes_space_before,
                 rstrip=token in takes_space_after,
             )
@@ -148,7 +150,7 @@ def add_tokens(
         ]
 
     backend.add_special_tokens(added(TokenType.CONTROL, TokenType.UNKNOWN))
-    backend.add_tokens(added(TokenType.USER_DEFINED))
+    backend.add_tokens(added(TokenType.USER_DEFINED, normalized=normalized))
 
 
 def _per_token(fields: Mapping[str, Any], name: str, count: int) -> list[Any]:

@@ -17,13 +17,14 @@ from jaxheads.model.batch import Array, Batch, pack
 from jaxheads.names import choose
 from jaxheads.text.chat import Message, default_template, render_chat
 from jaxheads.text.frame import frame
-from jaxheads.text.gguf_tokenizer import gguf_tokenizer
-from jaxheads.text.gguf_vocabulary import ROLES
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-_ROLES = tuple(ROLES)
+_ROLES = (
+    *("bos_token", "eos_token", "pad_token", "unk_token"),
+    *("cls_token", "sep_token", "mask_token"),
+)
 
 
 class Tokenizer:
@@ -119,6 +120,8 @@ class Tokenizer:
             (BPE or Unigram) and WordPiece, names a pre-tokenizer that is not known
             here, or lacks fields.
         """
+        from jaxheads.text.gguf_tokenizer import gguf_tokenizer
+
         if isinstance(source, str | os.PathLike):
             from gguf import GGUFReader
 
