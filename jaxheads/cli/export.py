@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from jaxheads.cli.options import Dtype, Edit, EditOptions, Model, load_model, parse
+from jaxheads.cli.options import Dtype, Edit, EditOptions, Model, load_any, load_model, parse
 from jaxheads.cli.terminal import say
 from jaxheads.files import write_text
 from jaxheads.sites import SITES
@@ -46,6 +46,8 @@ def export(
 ) -> None:
     """Fold edits into the weights and write a directory that transformers loads.
 
+    Without edits, a model of any kind is written; edits are for causal language models here.
+
     Example: jaxheads export smollm2-135m-instruct tuned --edits runs/lofit/edits.safetensors
 
     Edits that no weight can express are written beside the weights, in edits.safetensors, with
@@ -63,21 +65,35 @@ def export(
 
     # Entered first: a folder that cannot be written is told before the model is read.
     with fresh_directory(out) as folder:
-        loaded, tokenizer = load_model(model, dtype)
-        edits = edit.build(loaded.config) or jaxheads.Edits()
-        inside, outside = split_edits(loaded, edits)
-        folded = jaxheads.fold(loaded, inside)
-        if edits:
-            _check_same(loaded, edits, folded, jaxheads.Edits(_only(edits, outside)), tokenizer)
-        jaxheads.export(folded, folder, tokenizer=tokenizer)
-        if outside:
-            jaxheads.Edits(_only(edits, outside)).save(folder / "edits.safetensors")
-            write_text(folder / "README.md", _note(outside))
-    if inside:
-        say(f"folded into the weights: {', '.join(inside)}")
-    for site, why in outside.items():
-        say(f"not folded, kept in {out / 'edits.safetensors'}: {site} ({why})")
+        if edit.edits is None and edit.mask is None:
+            loaded, tokenizer = load_any(model, dtype)
+            jaxheads.export(loaded, folder, tokenizer=tokenizer)
+        else:
+            inside, outside = _export_edited(model, edit, dtype, folder)
+            if inside:
+                say(f"folded into the weights: {', '.join(inside)}")
+            for site, why in outside.items():
+                say(f"not folded, kept in {out / 'edits.safetensors'}: {site} ({why})")
     say(f"exported to {out}")
+
+
+def _export_edited(
+    model: str, edit: EditOptions, dtype: Dtype | None, folder: Path
+) -> tuple[Edits, dict[str, str]]:
+    """Writes a model with edits; returns those that are in its weights, and why others are not."""
+    import jaxheads
+
+    loaded, tokenizer = load_model(model, dtype)
+    edits = edit.build(loaded.config) or jaxheads.Edits()
+    inside, outside = split_edits(loaded, edits)
+    folded = jaxheads.fold(loaded, inside)
+    rest = jaxheads.Edits(_only(edits, outside))
+    _check_same(loaded, edits, folded, rest, tokenizer)
+    jaxheads.export(folded, folder, tokenizer=tokenizer)
+    if outside:
+        rest.save(folder / "edits.safetensors")
+        write_text(folder / "README.md", _note(outside))
+    return inside, outside
 
 
 def split_edits(model: Transformer, edits: Edits) -> tuple[Edits, dict[str, str]]:
