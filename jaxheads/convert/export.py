@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -110,10 +109,8 @@ def _with_biases_of(other: Any, config: Any) -> Any:
     """The config with the bias flags of another one, stack by stack."""
     if isinstance(config, ModelConfig):
         return config.replace(**{name: getattr(other, name) for name in _BIASES})
-    sides = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return type(config)(
-        **{name: _with_biases_of(getattr(other, name), side) for name, side in sides.items()}
-    )
+    sides = zip(config.sides.items(), other.sides.values(), strict=True)
+    return type(config)(**{name: _with_biases_of(seen, side) for (name, side), seen in sides})
 
 
 _BIASES = ("qkv_bias", "o_bias", "mlp_bias")

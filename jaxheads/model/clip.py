@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxheads.model.config import ModelConfig
+from jaxheads.model.pair import PairConfig
 from jaxheads.model.parameters import (
     Parameter,
     Tree,
@@ -25,7 +26,7 @@ Array = jax.Array
 
 
 @dataclass(frozen=True)
-class ClipConfig:
+class ClipConfig(PairConfig):
     """The configs of the two towers, both with a projection of the same size.
 
     Attributes:
@@ -43,43 +44,12 @@ class ClipConfig:
                 f"got {self.text.projection} and {self.vision.projection}"
             )
 
-    @property
-    def family(self) -> str:
-        """Name of the converter table that exports it."""
-        return self.text.family
-
-    @property
-    def dtype(self) -> str:
-        """Dtype of the activations."""
-        return self.text.dtype
-
-    def part(self, path: str) -> ModelConfig:
-        """The config of the tower that a parameter belongs to."""
-        return self.vision if path.startswith("vision/") else self.text
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as values that JSON can hold; `from_dict` reads them back."""
-        return {"text": self.text.to_dict(), "vision": self.vision.to_dict()}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> ClipConfig:
-        """The config that `to_dict` described.
-
-        Raises:
-          ValueError: a field is missing, unknown or of the wrong type.
-        """
-        return cls(**{name: ModelConfig.from_dict(side) for name, side in fields.items()})
-
-    def replace(self, **changes: Any) -> ClipConfig:
-        """A copy with some fields of both towers changed."""
-        return ClipConfig(self.text.replace(**changes), self.vision.replace(**changes))
-
 
 @parameter_table.register
 def _(config: ClipConfig) -> dict[str, Parameter]:
     table = {"logit_scale": Parameter((), (), None, neutral=float(np.log(1 / 0.07)))}
-    for name in ("text", "vision"):
-        leaves = parameter_table(getattr(config, name))
+    for name, side in config.sides.items():
+        leaves = parameter_table(side)
         table |= {f"{name}/{path}": leaf for path, leaf in leaves.items()}
     return table
 

@@ -18,6 +18,7 @@ from jaxheads.model.checks import check_sites, check_slots, check_tokens
 from jaxheads.model.config import ModelConfig
 from jaxheads.model.context import Edit, Tap, TapsLike, as_taps
 from jaxheads.model.embedding import Embedding, embed_tokens
+from jaxheads.model.pair import PairConfig
 from jaxheads.model.parameters import (
     Parameter,
     Tree,
@@ -37,7 +38,7 @@ SHARED = ("embed/tokens", "unembed/kernel", "unembed/bias")
 
 
 @dataclass(frozen=True)
-class EncoderDecoderConfig:
+class EncoderDecoderConfig(PairConfig):
     """The configs of the two stacks.
 
     Attributes:
@@ -58,43 +59,10 @@ class EncoderDecoderConfig:
                     f"config.encoder.{name} is {one!r}, config.decoder.{name} {other!r}"
                 )
 
-    @property
-    def family(self) -> str:
-        """Name of the converter table that exports it."""
-        return self.decoder.family
-
-    @property
-    def dtype(self) -> str:
-        """Dtype of the activations."""
-        return self.decoder.dtype
-
-    def part(self, path: str) -> ModelConfig:
-        """The config of the stack that a parameter belongs to."""
-        return self.encoder if path.startswith("encoder/") else self.decoder
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as values that JSON can hold; `from_dict` reads them back."""
-        return {"encoder": self.encoder.to_dict(), "decoder": self.decoder.to_dict()}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> EncoderDecoderConfig:
-        """The config that `to_dict` described.
-
-        Raises:
-          ValueError: a field is missing, unknown or of the wrong type.
-        """
-        return cls(**{name: ModelConfig.from_dict(side) for name, side in fields.items()})
-
-    def replace(self, **changes: Any) -> EncoderDecoderConfig:
-        """A copy with some fields of both stacks changed."""
-        return EncoderDecoderConfig(
-            self.encoder.replace(**changes), self.decoder.replace(**changes)
-        )
-
 
 @parameter_table.register
 def _(config: EncoderDecoderConfig) -> dict[str, Parameter]:
-    sides = {"encoder": parameter_table(config.encoder), "decoder": parameter_table(config.decoder)}
+    sides = {name: parameter_table(side) for name, side in config.sides.items()}
     table = {path: sides["decoder"][path] for path in SHARED if path in sides["decoder"]}
     for side, leaves in sides.items():
         table |= {f"{side}/{path}": leaf for path, leaf in leaves.items() if path not in SHARED}

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxheads.convert.families.llama_cpp import gguf_layer_norm_block, gguf_schema
+from jaxheads.convert.families.rows import norm_rows
 from jaxheads.convert.families.shared import (
     HF_FIXED,
     HF_IGNORED,
@@ -101,8 +102,7 @@ GPT2 = Family(
             rows={
                 "embed/tokens": Stored("transformer.wte.weight", "V D -> V D"),
                 "embed/positions": Stored("transformer.wpe.weight", "P D -> P D"),
-                "blocks/attn_norm/scale": Stored(_B + "ln_1.weight", "D -> D"),
-                "blocks/attn_norm/bias": Stored(_B + "ln_1.bias", "D -> D"),
+                **norm_rows("blocks/attn_norm", _B + "ln_1"),
                 **{
                     f"blocks/attn/{name}": Stored(
                         _B + "attn.c_attn.weight", "D (J Dh) -> D J Dh", _QKV, part
@@ -117,14 +117,12 @@ GPT2 = Family(
                 },
                 "blocks/attn/o": Stored(_B + "attn.c_proj.weight", "(H Dh) D -> H Dh D"),
                 "blocks/attn/o_bias": Stored(_B + "attn.c_proj.bias", "D -> D"),
-                "blocks/mlp_norm/scale": Stored(_B + "ln_2.weight", "D -> D"),
-                "blocks/mlp_norm/bias": Stored(_B + "ln_2.bias", "D -> D"),
+                **norm_rows("blocks/mlp_norm", _B + "ln_2"),
                 "blocks/mlp/up": Stored(_B + "mlp.c_fc.weight", "D F -> D F"),
                 "blocks/mlp/up_bias": Stored(_B + "mlp.c_fc.bias", "F -> F"),
                 "blocks/mlp/down": Stored(_B + "mlp.c_proj.weight", "F D -> F D"),
                 "blocks/mlp/down_bias": Stored(_B + "mlp.c_proj.bias", "D -> D"),
-                "final_norm/scale": Stored("transformer.ln_f.weight", "D -> D"),
-                "final_norm/bias": Stored("transformer.ln_f.bias", "D -> D"),
+                **norm_rows("final_norm", "transformer.ln_f"),
                 "unembed/kernel": Stored("lm_head.weight", "V D -> V D"),
             },
             ignored=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
@@ -137,8 +135,7 @@ GPT2 = Family(
                 "embed/tokens": Stored("token_embd.weight", "V D -> V D"),
                 "embed/positions": Stored("position_embd.weight", "P D -> P D"),
                 **gguf_layer_norm_block(),
-                "final_norm/scale": Stored("output_norm.weight", "D -> D"),
-                "final_norm/bias": Stored("output_norm.bias", "D -> D"),
+                **norm_rows("final_norm", "output_norm"),
                 "unembed/kernel": Stored("output.weight", "V D -> V D"),
             },
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxheads.convert.families.rows import block_rows, norm_rows
 from jaxheads.convert.families.shared import (
     HF_FIXED,
     HF_IGNORED,
@@ -13,11 +14,10 @@ from jaxheads.convert.families.shared import (
     even_heads_part,
     head_part,
     learned_positions_part,
-    numbered,
     windows_part,
 )
 from jaxheads.convert.schema import Key, Schema, Source
-from jaxheads.convert.table import Family, Format
+from jaxheads.convert.table import Family, Format, Stored
 from jaxheads.model.config import ModelConfig
 
 _KINDS = ("global", "local")
@@ -95,34 +95,27 @@ _SCHEMA = Schema(
     written={"model_type": "gpt_neo"},
 )
 
+_BLOCK = {
+    "attn_norm": "ln_1",
+    **{f"attn/{head}": f"attn.attention.{head}_proj" for head in "qkv"},
+    "attn/o": "attn.attention.out_proj",
+    "mlp_norm": "ln_2",
+    "mlp/up": "mlp.c_fc",
+    "mlp/down": "mlp.c_proj",
+}
+
 GPT_NEO = Family(
     name="gpt_neo",
     formats={
         "huggingface": Format(
             schema=_SCHEMA,
-            rows=numbered(
-                {
-                    "embed/tokens": ("transformer.wte.weight", "V D -> V D"),
-                    "embed/positions": ("transformer.wpe.weight", "P D -> P D"),
-                    "blocks/attn_norm/scale": ("{B}ln_1.weight", "D -> D"),
-                    "blocks/attn_norm/bias": ("{B}ln_1.bias", "D -> D"),
-                    "blocks/attn/q": ("{B}attn.attention.q_proj.weight", "(H Dh) D -> D H Dh"),
-                    "blocks/attn/k": ("{B}attn.attention.k_proj.weight", "(K Dh) D -> D K Dh"),
-                    "blocks/attn/v": ("{B}attn.attention.v_proj.weight", "(K Dh) D -> D K Dh"),
-                    "blocks/attn/o": ("{B}attn.attention.out_proj.weight", "D (H Dh) -> H Dh D"),
-                    "blocks/attn/o_bias": ("{B}attn.attention.out_proj.bias", "D -> D"),
-                    "blocks/mlp_norm/scale": ("{B}ln_2.weight", "D -> D"),
-                    "blocks/mlp_norm/bias": ("{B}ln_2.bias", "D -> D"),
-                    "blocks/mlp/up": ("{B}mlp.c_fc.weight", "F D -> D F"),
-                    "blocks/mlp/up_bias": ("{B}mlp.c_fc.bias", "F -> F"),
-                    "blocks/mlp/down": ("{B}mlp.c_proj.weight", "D F -> F D"),
-                    "blocks/mlp/down_bias": ("{B}mlp.c_proj.bias", "D -> D"),
-                    "final_norm/scale": ("transformer.ln_f.weight", "D -> D"),
-                    "final_norm/bias": ("transformer.ln_f.bias", "D -> D"),
-                    "unembed/kernel": ("lm_head.weight", "V D -> V D"),
-                },
-                "transformer.h.{L}.",
-            ),
+            rows={
+                "embed/tokens": Stored("transformer.wte.weight", "V D -> V D"),
+                "embed/positions": Stored("transformer.wpe.weight", "P D -> P D"),
+                **block_rows("transformer.h.{L}.", _BLOCK),
+                **norm_rows("final_norm", "transformer.ln_f"),
+                "unembed/kernel": Stored("lm_head.weight", "V D -> V D"),
+            },
             ignored=(r"(transformer\.)?h\.\d+\.attn\.attention\.(bias|masked_bias)",),
             copies={"lm_head.weight": "embed/tokens"},
             spellings=(("transformer.", ""),),

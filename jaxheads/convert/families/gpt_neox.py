@@ -14,6 +14,7 @@ from jaxheads.convert.families.llama_cpp import (
     partial_rope_part,
 )
 from jaxheads.convert.families.rope import rope_part
+from jaxheads.convert.families.rows import block_rows, norm_rows
 from jaxheads.convert.families.shared import (
     HF_FIXED,
     HF_IGNORED,
@@ -83,6 +84,14 @@ _GGUF_SCHEMA = gguf_schema(
     constants={"norm": "layer", "norm_bias": True, "gated": False, "activation": "gelu"},
 )
 
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn/o": "attention.dense",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp/up": "mlp.dense_h_to_4h",
+    "mlp/down": "mlp.dense_4h_to_h",
+}
+
 GPT_NEOX = Family(
     name="gpt_neox",
     formats={
@@ -90,8 +99,7 @@ GPT_NEOX = Family(
             schema=_SCHEMA,
             rows={
                 "embed/tokens": Stored("gpt_neox.embed_in.weight", "V D -> V D"),
-                "blocks/attn_norm/scale": Stored(_B + "input_layernorm.weight", "D -> D"),
-                "blocks/attn_norm/bias": Stored(_B + "input_layernorm.bias", "D -> D"),
+                **block_rows(_B, _BLOCK),
                 **{
                     f"blocks/attn/{name}": Stored(
                         _B + "attention.query_key_value.weight",
@@ -107,16 +115,7 @@ GPT_NEOX = Family(
                     )
                     for part, name in enumerate("qkv")
                 },
-                "blocks/attn/o": Stored(_B + "attention.dense.weight", "D (H Dh) -> H Dh D"),
-                "blocks/attn/o_bias": Stored(_B + "attention.dense.bias", "D -> D"),
-                "blocks/mlp_norm/scale": Stored(_B + "post_attention_layernorm.weight", "D -> D"),
-                "blocks/mlp_norm/bias": Stored(_B + "post_attention_layernorm.bias", "D -> D"),
-                "blocks/mlp/up": Stored(_B + "mlp.dense_h_to_4h.weight", "F D -> D F"),
-                "blocks/mlp/up_bias": Stored(_B + "mlp.dense_h_to_4h.bias", "F -> F"),
-                "blocks/mlp/down": Stored(_B + "mlp.dense_4h_to_h.weight", "D F -> F D"),
-                "blocks/mlp/down_bias": Stored(_B + "mlp.dense_4h_to_h.bias", "D -> D"),
-                "final_norm/scale": Stored("gpt_neox.final_layer_norm.weight", "D -> D"),
-                "final_norm/bias": Stored("gpt_neox.final_layer_norm.bias", "D -> D"),
+                **norm_rows("final_norm", "gpt_neox.final_layer_norm"),
                 "unembed/kernel": Stored("embed_out.weight", "V D -> V D"),
             },
             ignored=(
@@ -131,8 +130,7 @@ GPT_NEOX = Family(
             rows={
                 "embed/tokens": Stored("token_embd.weight", "V D -> V D"),
                 **gguf_layer_norm_block(),
-                "final_norm/scale": Stored("output_norm.weight", "D -> D"),
-                "final_norm/bias": Stored("output_norm.bias", "D -> D"),
+                **norm_rows("final_norm", "output_norm"),
                 "unembed/kernel": Stored("output.weight", "V D -> V D"),
             },
         ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxheads.convert.families.rows import block_rows, norm_rows
 from jaxheads.convert.families.shared import (
     HF_FIXED,
     HF_IGNORED,
@@ -17,10 +18,9 @@ from jaxheads.convert.families.shared import (
     even_heads_part,
     head_part,
     learned_positions_part,
-    numbered,
 )
 from jaxheads.convert.schema import Key, Part, Schema
-from jaxheads.convert.table import Family, Format
+from jaxheads.convert.table import Family, Format, Stored
 from jaxheads.model.config import ModelConfig
 
 _OFFSET = 2
@@ -77,37 +77,27 @@ _SCHEMA = Schema(
     written={"model_type": "opt"},
 )
 
+_BLOCK = {
+    "attn_norm": "self_attn_layer_norm",
+    **{f"attn/{head}": f"self_attn.{head}_proj" for head in "qkv"},
+    "attn/o": "self_attn.out_proj",
+    "mlp_norm": "final_layer_norm",
+    "mlp/up": "fc1",
+    "mlp/down": "fc2",
+}
+
 OPT = Family(
     name="opt",
     formats={
         "huggingface": Format(
             schema=_SCHEMA,
-            rows=numbered(
-                {
-                    "embed/tokens": ("model.decoder.embed_tokens.weight", "V D -> V D"),
-                    "embed/positions": ("model.decoder.embed_positions.weight", "P D -> P D"),
-                    "blocks/attn_norm/scale": ("{B}self_attn_layer_norm.weight", "D -> D"),
-                    "blocks/attn_norm/bias": ("{B}self_attn_layer_norm.bias", "D -> D"),
-                    "blocks/attn/q": ("{B}self_attn.q_proj.weight", "(H Dh) D -> D H Dh"),
-                    "blocks/attn/k": ("{B}self_attn.k_proj.weight", "(K Dh) D -> D K Dh"),
-                    "blocks/attn/v": ("{B}self_attn.v_proj.weight", "(K Dh) D -> D K Dh"),
-                    "blocks/attn/o": ("{B}self_attn.out_proj.weight", "D (H Dh) -> H Dh D"),
-                    "blocks/attn/q_bias": ("{B}self_attn.q_proj.bias", "(H Dh) -> H Dh"),
-                    "blocks/attn/k_bias": ("{B}self_attn.k_proj.bias", "(K Dh) -> K Dh"),
-                    "blocks/attn/v_bias": ("{B}self_attn.v_proj.bias", "(K Dh) -> K Dh"),
-                    "blocks/attn/o_bias": ("{B}self_attn.out_proj.bias", "D -> D"),
-                    "blocks/mlp_norm/scale": ("{B}final_layer_norm.weight", "D -> D"),
-                    "blocks/mlp_norm/bias": ("{B}final_layer_norm.bias", "D -> D"),
-                    "blocks/mlp/up": ("{B}fc1.weight", "F D -> D F"),
-                    "blocks/mlp/up_bias": ("{B}fc1.bias", "F -> F"),
-                    "blocks/mlp/down": ("{B}fc2.weight", "D F -> F D"),
-                    "blocks/mlp/down_bias": ("{B}fc2.bias", "D -> D"),
-                    "final_norm/scale": ("model.decoder.final_layer_norm.weight", "D -> D"),
-                    "final_norm/bias": ("model.decoder.final_layer_norm.bias", "D -> D"),
-                    "unembed/kernel": ("lm_head.weight", "V D -> V D"),
-                },
-                "model.decoder.layers.{L}.",
-            ),
+            rows={
+                "embed/tokens": Stored("model.decoder.embed_tokens.weight", "V D -> V D"),
+                "embed/positions": Stored("model.decoder.embed_positions.weight", "P D -> P D"),
+                **block_rows("model.decoder.layers.{L}.", _BLOCK),
+                **norm_rows("final_norm", "model.decoder.final_layer_norm"),
+                "unembed/kernel": Stored("lm_head.weight", "V D -> V D"),
+            },
             copies={"lm_head.weight": "embed/tokens"},
             spellings=(("model.", ""),),
         ),

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxheads.convert.schema import Key, Part, Source
-from jaxheads.convert.table import Stored
 from jaxheads.model.config import ModelConfig, is_of_type
 
 Default = Callable[[Source], Any]
@@ -84,13 +83,6 @@ def activation_key(name: str, default: str | None = None) -> Key:
     """The key that names the activation."""
     known = None if default is None else absent_means(default)
     return Key(name, ("activation",), default=known, values=ACTIVATION_NAMES)
-
-
-def numbered(rows: Mapping[str, tuple[str, str]], prefix: str) -> dict[str, Stored]:
-    """Rows path -> (name, pattern); {B} in a name stands for `prefix`, where blocks are."""
-    return {
-        path: Stored(name.replace("{B}", prefix), pattern) for path, (name, pattern) in rows.items()
-    }
 
 
 def windows_part(
