@@ -18,8 +18,12 @@ import jaxheads as jh
 from jaxheads.convert.load import load_model
 from jaxheads.model.models import build
 from jaxheads.model.parameters import flatten, nest
+from jaxheads.sites import COMPUTED_IF_ASKED, CROSS_SITES, SITES, axis_sizes
 
 SHORT = 11
+ASKED = {f"{p}{site}" for site in COMPUTED_IF_ASKED for p in ("", "cross.")} - {
+    "head_out", "cross.head_out"
+}  # fmt: skip
 ONE_OF_EACH = sorted({families.reference(case).family: case for case in families.cases()}.values())
 
 
@@ -144,3 +148,35 @@ def check_attention(attention: Attention) -> None:
 
     # T8: with every z of another run, attention writes what it wrote there.
     close(edited(value=z[:, ::-1], weight=ones)[1][0], out[0, ::-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", ["gpt2", "gpt_neox", "bert", "olmo2", "gemma2", "dinov2", "t5", "bart"]
+)
+def test_every_site_folds_exactly_or_is_refused(case, tmp_path):
+    """An affine edit of each site with values of its own: no third way."""
+    folds = 0
+    for attention in attentions(case, tmp_path):
+        model, config, rng = attention.model, attention.config, np.random.default_rng(0)
+        others = (CROSS_SITES if attention.name == "cross." else SITES).values()
+        for site in [s for s in others if s.stacked and s.name not in ASKED]:
+            bare = site.name.removeprefix("cross.")
+            tap = attention.tap(bare)
+            shape = [config.n_layers, 1, 1] + [axis_sizes(config)[a] for a in site.axes[2:]]
+            scale = 1 + 0.3 * rng.normal(size=shape).astype(np.float32)
+            offset = 0.3 * rng.normal(size=shape).astype(np.float32)
+            last = "final" if attention.name != "encoder." else "encoder.final"
+            for edit in (jh.Affine(scale, offset), jh.Affine(offset=offset)):
+                edits = jh.Edits({tap: edit})
+                try:
+                    folded = jh.fold(model, edits)
+                except ValueError as error:
+                    assert "cannot be folded" in str(error)
+                    continue
+                folds += 1
+                expected = attention.run(model, (last,), edits)[last]
+                found = attention.run(folded, (last,))[last]
+                gap = jnp.abs(found - expected).max() / jnp.abs(expected).max()
+                assert gap < 1e-4, (tap, gap)
+    assert folds > 5
