@@ -22,6 +22,7 @@ from safetensors import safe_open
 from jaxheads.convert.export import export
 from jaxheads.convert.families import FAMILIES
 from jaxheads.convert.load import load_model
+from jaxheads.convert.native import save
 
 TOLERANCE = 1e-4
 """Largest accepted relative difference of a value.
@@ -236,3 +237,11 @@ def picked(name: str, indices: dict[str, np.ndarray], found: Measured) -> jax.Ar
 def _at(value: jax.Array, positions: np.ndarray) -> jax.Array:
     """[L,B,T,...] at positions [B,P] -> [L,B,P,...]."""
     return value[:, np.arange(len(positions))[:, None], positions]
+
+
+@pytest.mark.parametrize("case", ["t5", "clip", "gemma3_text", "phi3_longrope_long", "vit"])
+def test_a_native_checkpoint_of_any_kind_comes_back_bit_for_bit(case, tmp_path):
+    model = load_model(families.materialise(case, tmp_path / "in"))
+    found = load_model(save(model, None, tmp_path / "native"))
+    assert type(found) is type(model) and found.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, found.params, model.params)
