@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import families
-import jax
 import numpy as np
 import pytest
 from family_keys import LENGTHS, OTHER_VALUES, OVERRULED, REFUSED, SAME, WRITTEN
@@ -88,14 +87,6 @@ def answer(model: Any) -> np.ndarray:
         given = np.arange(TOKENS)[None] * 7 % (config.vocab_size - 1)
     out = model(given, taps=("final",))
     return np.asarray(out.taps["final"] if out.logits is None else out.logits)
-
-
-@pytest.fixture
-def quickly_compiled():
-    """Every changed model is compiled for one pass, which takes longer than the pass."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # The rest costs a program for every key: `make test-slow`.

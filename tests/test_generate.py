@@ -9,6 +9,8 @@ from tiny import tiny_model, tiny_tokens
 import jaxheads as jh
 from jaxheads.decode.sampling import Sampler, sample
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 CONFIG = tiny_model().config
 EDITS = {
     "none": None,
