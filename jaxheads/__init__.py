@@ -18,9 +18,9 @@ from jaxheads.edits import (
     head_mask,
     mask_heads,
     offset_heads,
-    patch,
     project_out,
     scale_heads,
+    set_activation,
     steer,
 )
 from jaxheads.edits.fold import fold, unfoldable
@@ -45,6 +45,19 @@ from jaxheads.model import (
     pack,
 )
 from jaxheads.sites import SITES
+from jaxheads.sweep import (
+    AnswerLoss,
+    Divergence,
+    LogitDifference,
+    Metric,
+    NamedArray,
+    Probability,
+    Rank,
+    TokenLoss,
+    ablate_heads,
+    patch,
+    sweep,
+)
 from jaxheads.taps import head_norm, last_token, mean_activation, token_sum
 
 __version__ = "0.1.0"
@@ -52,22 +65,31 @@ __version__ = "0.1.0"
 __all__ = [
     "SITES",
     "Affine",
+    "AnswerLoss",
     "AttendTo",
     "Batch",
     "Chain",
     "Clip",
     "Context",
+    "Divergence",
     "Edits",
     "EncoderDecoder",
     "Gated",
     "Generated",
     "KVCache",
+    "LogitDifference",
+    "Metric",
     "Mix",
     "ModelConfig",
+    "NamedArray",
     "Output",
+    "Probability",
     "Project",
+    "Rank",
     "Tap",
+    "TokenLoss",
     "Transformer",
+    "ablate_heads",
     "answer_scores",
     "attend_to",
     "clamp_neurons",
@@ -92,7 +114,9 @@ __all__ = [
     "save",
     "scale_heads",
     "sentence_embeddings",
+    "set_activation",
     "steer",
+    "sweep",
     "token_sum",
     "unfoldable",
 ]

@@ -19,7 +19,7 @@ from jaxheads.cli.app import COMMANDS
 from jaxheads.cli.options import parse_heads
 from jaxheads.convert import NAMED_MODELS
 from jaxheads.edits import Affine
-from jaxheads.methods.pattern_scores import pattern_scores
+from jaxheads.methods.head_scores import SCORES
 from jaxheads.text import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,6 +178,9 @@ def test_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
         (["eval", "{tiny}", "--task", "ioi", "--option", "x"], "is not KEY=VALUE"),
         (["eval", "{tiny}", "--task", "lookup", "--option", "kid=3"], "unknown option of task"),
         (["eval", "{tiny}", "--task", "ioi", "--json", "{file}/a.json"], "cannot write"),
+        (["heads", "no-model", "--score", "sinks"], "unknown score 'sinks'. Did you mean 'sink'"),
+        (["heads", "no-model", "--text", "absent.txt"], "absent.txt: No such file"),
+        (["heads", "no-model", "--csv", "{file}/a.csv"], "cannot write"),
         (["heads", "{tiny}", "--count", "0"], "--count must be at least 1"),
         (["heads", "{tiny}", "--report", "{file}/a.html"], "cannot write"),
         (["load", "{tiny}", "--save", "{file}/a"], "cannot write to"),
@@ -247,38 +250,44 @@ def test_the_sample_and_its_reference_are_those_of_the_fixture(fixtures_dir: Pat
     assert named == pytest.approx(recorded["text/short.txt"], rel=1e-5)
 
 
-@pytest.mark.parametrize("score", ["retrieval", "induction"])
 def test_heads_saves_every_score(
-    score: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = [tmp_path / "new" / "a.json", tmp_path / "a.html"]
+    files = [tmp_path / "new" / "a.json", tmp_path / "a.csv", tmp_path / "a.html"]
     out = done(
-        capsys, "heads", str(tiny), "--score", score, "--count", "5", "--top", "3",
-        "--json", str(files[0]), "--report", str(files[1]),
+        capsys, "heads", str(tiny), "--score", "all", "--count", "2", "--top", "3",
+        "--json", str(files[0]), "--csv", str(files[1]), "--report", str(files[2]),
     )  # fmt: skip
-    found = json.loads(files[0].read_text())
-    values = np.asarray(found["values"])
-    assert values.shape == (3, 4)
-    assert (found["score"], found["count"]) == (score, 5)
-    layer, head = np.unravel_index(values.argmax(), values.shape)
-    assert f"{layer}.{head}" in out
-    assert "<svg" in files[1].read_text()
+    saved = json.loads(files[0].read_text())
+    assert list(saved["scores"]) == list(SCORES)
+    assert (saved["count"], saved["axes"]) == (2, ["layer", "head"])
+    heading, *lines = [line.split(",") for line in files[1].read_text().splitlines()]
+    assert heading == ["layer", "head", *SCORES] and len(lines) == 12
+    table = np.array(lines, float)
+    for column, (name, found) in enumerate(saved["scores"].items(), start=2):
+        values = np.asarray(found["values"])
+        assert values.shape == (3, 4) and found["unit"] == SCORES[name].unit
+        np.testing.assert_array_equal(table[:, column], values.ravel())
+        part = out.partition(f"{name}: {SCORES[name].meaning}")[2]
+        layer, head = np.unravel_index(values.argmax(), values.shape)
+        assert f"{layer}.{head}" in part.splitlines()[4]
+    page = files[2].read_text()
+    assert page.count("<svg") == len(SCORES)
+    assert page.count("stroke: #000000; stroke-width: 1.8") == 3 * len(SCORES)
 
 
-def test_pattern_scores_are_means_of_the_attention_map(tiny: Path) -> None:
-    model, _ = jh.load(tiny)
-    length = 9
-    found = pattern_scores(model, count=3, length=length, seed=1, batch_size=2)
-    from jaxheads.tasks import repeated_tokens
-
-    tokens = repeated_tokens(
-        3, length=length, seed=1, vocab_size=model.config.vocab_size, first_id=0
-    )
-    pattern = np.asarray(model(tokens, taps="pattern").taps["pattern"])
-    queries = range(1 + length, 1 + 2 * length)
-    for name, back in {"induction": length - 1, "previous": 1, "duplicate": length}.items():
-        wanted = np.mean([pattern[:, :, :, t, t - back] for t in queries], axis=(0, 2))
-        np.testing.assert_allclose(found[name], wanted, atol=1e-6)
+def test_heads_reads_text_from_a_file(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.txt"
+    found = []
+    for words in ("one text", "two words"):
+        path.write_text(words)
+        argv = ["heads", str(tiny), "--score", "sink", "distance", "--text", str(path)]
+        done(capsys, *argv, "--json", str(tmp_path / "a.json"))
+        found.append(json.loads((tmp_path / "a.json").read_text())["scores"])
+    assert [f["sink"]["info"]["queries"] for f in found] == [8, 9]
+    assert found[0]["sink"]["values"] != found[1]["sink"]["values"]
 
 
 def test_eval_sets_edited_beside_unedited(
@@ -487,21 +496,6 @@ def test_report_of_a_run(trained: tuple[Path, Path], capsys: pytest.CaptureFixtu
     assert ", ".join(f"{a}.{b}" for a, b in results["heads"]["chosen"]) in page
     assert "not complete" not in page
     (folder / "report.html").unlink()
-
-
-# The real model.
-
-
-def test_smollm2_induction_heads(smollm2: tuple) -> None:
-    model, tokenizer = smollm2
-    found = pattern_scores(model, count=2, length=64, first_id=tokenizer.bos_id)
-    wanted = {
-        "induction": {(18, 6): 0.91, (17, 3): 0.79, (17, 4): 0.74},
-        "previous": {(16, 0): 0.89, (11, 1): 0.85},
-        "duplicate": {(14, 3): 0.70, (8, 0): 0.68},
-    }
-    for name, heads in wanted.items():
-        assert {head: found[name][head] for head in heads} == pytest.approx(heads, abs=0.1)
 
 
 def test_heads_on_the_command_line() -> None:

@@ -93,7 +93,7 @@ def test_one_program_serves_every_value_choice_of_heads_and_strength():
     "make",
     [
         lambda heads, strength: jh.attend_to(CONFIG, heads, "self", strength),
-        lambda heads, strength: jh.patch(
+        lambda heads, strength: jh.set_activation(
             CONFIG, "z", np.ones((3, 1, 1, 6, 8)), heads=heads, weight=strength
         ),
         lambda heads, strength: jh.steer(

@@ -77,23 +77,23 @@ REFUSALS = {
         lambda: jh.steer(CONFIG, np.ones((3, 40)), site="resid"), "unknown site 'resid'",
     ),
     "patch rank": (
-        lambda: jh.patch(CONFIG, "z", np.ones((2, 14, 6, 8))),
+        lambda: jh.set_activation(CONFIG, "z", np.ones((2, 14, 6, 8))),
         "value for 'z' has shape (2, 14, 6, 8), expected axes [L,B,T,H,Dh]",
     ),
     "patch without heads": (
-        lambda: jh.patch(CONFIG, "attn_out", np.ones((3, 2, 14, 40)), heads=FEW),
+        lambda: jh.set_activation(CONFIG, "attn_out", np.ones((3, 2, 14, 40)), heads=FEW),
         "site 'attn_out' [L,B,T,D] has no query head axis",
     ),
     "patch key heads": (
-        lambda: jh.patch(CONFIG, "k", np.ones((3, 2, 14, 2, 8)), heads=FEW),
+        lambda: jh.set_activation(CONFIG, "k", np.ones((3, 2, 14, 2, 8)), heads=FEW),
         "site 'k' [L,B,T,K,Dh] has no query head axis",
     ),
     "patch layer": (
-        lambda: jh.patch(CONFIG, "z", np.ones((3, 2, 14, 6, 8)), layers=[-1]),
+        lambda: jh.set_activation(CONFIG, "z", np.ones((3, 2, 14, 6, 8)), layers=[-1]),
         "layer -1 is out of range 0..2",
     ),
     "patch without layers": (
-        lambda: jh.patch(CONFIG, "final", np.ones((2, 14, 40)), layers=[0]),
+        lambda: jh.set_activation(CONFIG, "final", np.ones((2, 14, 40)), layers=[0]),
         "site 'final' is outside the stack: it has no layers to choose",
     ),
     "directions shape": (

@@ -339,7 +339,7 @@ def test_a_patch_replaces_the_chosen_heads_layers_and_positions():
         return jnp.where(where, stored, value)
 
     by_hand = jh.Edits(z=jax.tree_util.Partial(replace, where, stored))
-    patched = jh.patch(CONFIG, "z", stored, layers=[0, 1], heads=heads, when=mask)
+    patched = jh.set_activation(CONFIG, "z", stored, layers=[0, 1], heads=heads, when=mask)
     outputs = [tiny_model()(tiny_tokens(), edits=edits, taps="z") for edits in (patched, by_hand)]
     close(outputs[0].logits, outputs[1].logits)
     close(outputs[0].taps["z"], outputs[1].taps["z"])
@@ -350,7 +350,9 @@ def test_a_patch_replaces_the_chosen_heads_layers_and_positions():
 
 
 def test_a_weak_patch_mixes():
-    edit = jh.patch(CONFIG, "attn_out", np.ones((3, 1, 1, 40)), layers=[1], weight=0.25)["attn_out"]
+    edit = jh.set_activation(CONFIG, "attn_out", np.ones((3, 1, 1, 40)), layers=[1], weight=0.25)[
+        "attn_out"
+    ]
     np.testing.assert_array_equal(np.ravel(edit.weight), [0, 0.25, 0])
 
 

@@ -105,7 +105,7 @@ def test_t6_writes_sum_to_the_residual_and_the_logits(model):
 def test_t8_patching_every_z_restores_the_attention_outputs(model):
     clean, corrupt = tiny_tokens(seed=0), tiny_tokens(seed=9)
     stored = model(clean, taps=("z", "attn_out")).taps
-    edits = jh.patch(model.config, "z", stored["z"])
+    edits = jh.set_activation(model.config, "z", stored["z"])
     close(model(corrupt, edits=edits, taps="attn_out").taps["attn_out"], stored["attn_out"])
     assert np.abs(model(corrupt, taps="attn_out").taps["attn_out"] - stored["attn_out"]).max() > 0.1
 

@@ -6,9 +6,9 @@ from jaxheads.edits.build import (
     head_mask,
     mask_heads,
     offset_heads,
-    patch,
     project_out,
     scale_heads,
+    set_activation,
     steer,
 )
 from jaxheads.edits.edits import Edits
@@ -27,8 +27,8 @@ __all__ = [
     "head_mask",
     "mask_heads",
     "offset_heads",
-    "patch",
     "project_out",
     "scale_heads",
+    "set_activation",
     "steer",
 ]

@@ -140,7 +140,7 @@ def steer(
     return Edits({site: Affine(offset=strength * array[:, None, None])}).when(when)
 
 
-def patch(
+def set_activation(
     config: ModelConfig,
     site: str,
     value: Array | np.ndarray,

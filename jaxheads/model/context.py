@@ -103,8 +103,8 @@ class Context:
         padding and cached tokens included.
       token_mask: bool [B,T], True at real query tokens.
       allowed: bool [B,1,T,S], True where a query may see a key.
-      angles: cosines and sines of the query positions, float32 [2,B,T,1,dim/2]; None where
-        the model has no rotary encoding.
+      angles: cosines and sines of the query positions, float32 [2,B,T,1,dim/2] (outside the
+        stack with a leading axis, one of each encoding); None without a rotary encoding.
       bias: added to the attention logits, float32 [1,H,T,S], or None.
       memory: output of the encoder [B,S,D], or None.
       memory_allowed: bool [B,1,1,S], True where the encoder's token is real, or None.

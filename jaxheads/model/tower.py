@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, struct
 
 from jaxheads.model.block import Block
 from jaxheads.model.cache import KVCache
@@ -22,6 +22,24 @@ from jaxheads.model.rotary import rotary_angles
 from jaxheads.sites import find_site
 
 Array = jax.Array
+
+
+@struct.dataclass
+class Layers:
+    """What differs between the blocks of a stack; every leaf has a leading layer axis.
+
+    Attributes:
+      block: the parameters.
+      index: int [L].
+      rope: int [L], which of the stack's rotary encodings is the layer's; None where all
+        share one.
+      window: int [L], how far a token sees, 0 for no limit; None where no layer has a limit.
+    """
+
+    block: Block
+    index: Array
+    rope: Array | None
+    window: Array | None
 
 
 class Tower(nnx.Module):
@@ -42,7 +60,10 @@ class Tower(nnx.Module):
         edits: Mapping[str, Edit],
         taps: Mapping[str, Tap],
     ) -> tuple[Context, KVCache | None]:
-        """Positions, visibility and angles of the tokens of mask [B,T], shared by all layers."""
+        """Positions, visibility and angles of the tokens of mask [B,T], shared by all layers.
+
+        The angles are those of every rotary encoding in use, with a leading axis for them.
+        """
         config = self.config
         count = jnp.cumsum(mask, axis=1) - 1
         start: Array | int = 0
@@ -63,7 +84,7 @@ class Tower(nnx.Module):
             slots=slots[None],
             token_mask=mask,
             allowed=allowed,
-            angles=None,
+            angles=_angles(config, positions),
             start=start,
             phase=phase,
             bias=None if self.relative is None else self.relative(slots, keys, config),
@@ -81,30 +102,63 @@ class Tower(nnx.Module):
           The residual stream after the last block (before the last norm), what was tapped
           in the stack, with a leading layer axis, and the cache with new keys and values.
         """
-        config = self.config
-        inside = layer_slices(edits, config.n_layers)
-        angles, which = _angles(config, context.positions)
-        windows = jnp.asarray(config.windows) if any(config.windows) else None
-        distance = jnp.abs(context.slots[0][:, None] - jnp.arange(context.allowed.shape[-1]))
+        inside = layer_slices(edits, self.config.n_layers)
+        cached = None if cache is None else (cache.k, cache.v)
 
-        def body(x: Array, layer: tuple) -> tuple[Array, tuple]:
-            block, edits_here, index, rope, window, cached = layer
-            here = replace(context, layer=index, edits=edits_here, tapped={}, values={})
-            if angles is not None:
-                here = replace(here, angles=angles[0] if rope is None else angles[rope])
-            if window is not None:
-                near = (distance < window) | (window == 0)
-                here = replace(here, allowed=context.allowed & near)
-            x, here, attended = block(x, here, cached)
+        def body(x: Array, sliced: tuple) -> tuple[Array, tuple]:
+            layer, edits_here, cached_here = sliced
+            x, here, attended = self.step(x, context, layer, edits_here, cached_here)
             return x, (here.tapped, attended if cache is not None else None)
 
-        cached = None if cache is None else (cache.k, cache.v)
-        layers = (self.blocks, inside, jnp.arange(config.n_layers), which, windows, cached)
-        x, (tapped, attended) = jax.lax.scan(body, x, layers)
+        x, (tapped, attended) = jax.lax.scan(body, x, (self.layers(), inside, cached))
         if cache is not None:
             length = cache.length + context.token_mask.shape[1]
             cache = replace(cache, k=attended[0], v=attended[1], length=length)
         return x, tapped, cache
+
+    def layers(self) -> Layers:
+        """The blocks and what else differs between them, to be scanned or indexed."""
+        config = self.config
+        ropes = _different_ropes(config)
+        which = np.array([ropes.index(rope) for rope in config.ropes]) if len(ropes) > 1 else None
+        return Layers(
+            self.blocks,
+            jnp.arange(config.n_layers),
+            None if which is None else jnp.asarray(which),
+            jnp.asarray(config.windows) if any(config.windows) else None,
+        )
+
+    def step(
+        self,
+        x: Array,
+        context: Context,
+        layer: Layers,
+        edits: Mapping[str, Edit],
+        cached: tuple[Array, Array] | None = None,
+    ) -> tuple[Array, Context, tuple[Array, Array]]:
+        """Runs one block on x [B,T,D].
+
+        Args:
+          x: the residual stream before it.
+          context: as `begin` made it.
+          layer: the slice of `layers()` at this block.
+          edits: the edits of this block, without a layer axis.
+          cached: keys and values [B,S,K,Dh] of the slots before, or None.
+
+        Returns:
+          As `Block.__call__`.
+        """
+        angles, allowed = context.angles, context.allowed
+        if angles is not None:
+            angles = angles[0] if layer.rope is None else angles[layer.rope]
+        if layer.window is not None:
+            distance = jnp.abs(context.slots[0][:, None] - jnp.arange(allowed.shape[-1]))
+            allowed = allowed & ((distance < layer.window) | (layer.window == 0))
+        here = replace(
+            context, layer=layer.index, edits=edits, tapped={}, values={}, angles=angles,
+            allowed=allowed,
+        )  # fmt: skip
+        return layer.block(x, here, cached)
 
     def finish(self, x: Array, context: Context) -> tuple[Array, Context]:
         """The last norm, and the site `final`."""
@@ -113,12 +167,12 @@ class Tower(nnx.Module):
         return context.visit("final", x)
 
 
-def _angles(config: ModelConfig, positions: Array) -> tuple[Array | None, Array | None]:
-    """Angles of the different encodings, and the one of each layer where they differ."""
+def _different_ropes(config: ModelConfig) -> tuple:
+    return tuple(dict.fromkeys(config.ropes))
+
+
+def _angles(config: ModelConfig, positions: Array) -> Array | None:
+    """Angles of each of the different encodings, which layers share."""
     if not config.rotates:
-        return None, None
-    different = tuple(dict.fromkeys(config.ropes))
-    angles = rotary_angles(positions, different, config.rotated_dim)
-    if len(different) == 1:
-        return angles, None
-    return angles, jnp.asarray(np.array([different.index(rope) for rope in config.ropes]))
+        return None
+    return rotary_angles(positions, _different_ropes(config), config.rotated_dim)

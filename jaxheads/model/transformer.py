@@ -66,17 +66,24 @@ class Unembedding(nnx.Module):
     def __init__(self, params: Mapping[str, Array]) -> None:
         self.kernel, self.bias = optional(params, "kernel"), optional(params, "bias")
 
-    def __call__(self, x: Array, table: Array | None, config: ModelConfig) -> Array:
-        """Logits [B,T,V], float32, of x [B,T,D]; `table` [V,D] is the embedding."""
+    def __call__(
+        self, x: Array, table: Array | None, config: ModelConfig, ids: Array | None = None
+    ) -> Array:
+        """Logits of x [B,T,D], float32 [B,T,V]; [B,T,M] of the tokens ids [B,M] if given.
+
+        `table` [V,D] is the embedding.
+        """
         kernel = table if self.kernel is None else self.kernel[...]
         assert kernel is not None, "tied to an embedding that is not there"
+        kernel, axes = (kernel, "vd") if ids is None else (kernel[ids], "bvd")
         if config.logit_scale != 1:
             x = x * config.logit_scale
         logits = jnp.einsum(
-            "btd,vd->btv", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32
+            f"btd,{axes}->btv", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32
         )
         if self.bias is not None:
-            logits = logits + self.bias[...].astype(jnp.float32)
+            bias = self.bias[...].astype(jnp.float32)
+            logits = logits + (bias if ids is None else bias[ids][:, None])
         if config.logit_softcap is not None:
             logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
         return logits
@@ -157,6 +164,22 @@ class Transformer(Tower):
             return node[...]
 
         return nest({path: leaf(path) for path in parameter_table(self.config)})
+
+    def logits_of(self, x: Array, ids: Array | None = None) -> Array:
+        """Logits of the normalised last stream x [B,T,D], float32.
+
+        Args:
+          x: the value of the site `final`.
+          ids: int [B,M], the tokens wanted; None for the whole vocabulary.
+
+        Returns:
+          [B,T,V], or [B,T,M] of the tokens wanted.
+        """
+        assert self.unembed is not None, "a model without a head has no logits"
+        table = None if self.embed.tokens is None else self.embed.tokens[...]
+        if self.head is not None:
+            x = self.head(x, self.config)
+        return self.unembed(x, table, self.config, ids)
 
     def astype(self, dtype: str) -> Transformer:
         """A copy with parameters and activations in `dtype`."""
@@ -270,9 +293,7 @@ def _forward(
     logits: Any = None
     if model.unembed is not None:
         read = x[:, :1] if config.head == "classes" else x
-        if model.head is not None:
-            read = model.head(read, config)
-        logits, context = context.visit("logits", model.unembed(read, table, config))
+        logits, context = context.visit("logits", model.logits_of(read))
     return Output(logits, {**context.tapped, **tapped}, cache, pooled)
 
 

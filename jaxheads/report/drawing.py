@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jaxheads.report.page import visible_text
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
+
+WIDEST = 9.4
+"""Inches; the page's text column."""
 
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "jaxheads",
@@ -163,6 +167,44 @@ def log_axis(axes: Axes, values: list[np.ndarray]) -> None:
     axes.yaxis.set_major_locator(AutoLocator() if decades < 0.7 else LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
+
+
+def same_length(title: str, tokens: Sequence[str], expected: int, what: str) -> None:
+    """Raises ValueError unless there are as many tokens as expected."""
+    if len(tokens) != expected:
+        raise ValueError(
+            f"figure {title!r}: expected {expected} tokens for {what}, got {len(tokens)}"
+        )
+
+
+def real_numbers(
+    title: str, name: str, values: ArrayLike, shape: str, *, allow_nan: bool = False
+) -> np.ndarray:
+    """`values` as float64, checked for rank, emptiness and finiteness."""
+    try:
+        array = np.asarray(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"figure {title!r}: expected {name} to be real numbers {shape}: {error}"
+        ) from error
+    if array.ndim != shape.count(",") + 1 or not array.size:
+        raise ValueError(
+            f"figure {title!r}: expected {name} of shape {shape}, got shape {array.shape}"
+        )
+    wrong = np.argwhere(np.isinf(array) if allow_nan else ~np.isfinite(array))
+    if len(wrong):
+        place = tuple(wrong[0].tolist())
+        raise ValueError(
+            f"figure {title!r}: expected finite {name}, got {array[place]} at {list(place)} "
+            f"({len(wrong)} of {array.size} values)"
+        )
+    return array
+
+
+def exact_text(values: ArrayLike) -> np.ndarray:
+    """Each value as the shortest text that reads back as the same number."""
+    array = np.asarray(values)
+    return np.array([str(v) for v in array.ravel()], object).reshape(array.shape)
 
 
 class Cell(NamedTuple):

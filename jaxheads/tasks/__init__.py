@@ -6,19 +6,33 @@ from types import MappingProxyType
 from typing import Any
 
 from jaxheads.names import choose, unknown
+from jaxheads.tasks.arithmetic import arithmetic
+from jaxheads.tasks.capitals import capitals, contradicted_capitals
+from jaxheads.tasks.colored_objects import colored_objects
 from jaxheads.tasks.counterfactual import counterfactual_capitals, true_capitals
 from jaxheads.tasks.example import Encoded, Example, Tokenizer, contrast, encode, split
+from jaxheads.tasks.greater_than import greater_than
 from jaxheads.tasks.haystack import needle
 from jaxheads.tasks.ioi import ioi
 from jaxheads.tasks.lookup import lookup
+from jaxheads.tasks.pairs import Pairs, encode_pairs, same_length, single_token
+from jaxheads.tasks.pronouns import pronouns
 from jaxheads.tasks.repeats import repeated_tokens
+from jaxheads.tasks.successors import successors
 
 TASKS: Mapping[str, Callable[..., list[Example]]] = MappingProxyType(
     {
+        "arithmetic": arithmetic,
+        "capitals": capitals,
+        "colored_objects": colored_objects,
+        "contradicted_capitals": contradicted_capitals,
         "counterfactual_capitals": counterfactual_capitals,
+        "greater_than": greater_than,
         "ioi": ioi,
         "lookup": lookup,
         "needle": needle,
+        "pronouns": pronouns,
+        "successors": successors,
         "true_capitals": true_capitals,
     }
 )
@@ -56,6 +70,30 @@ def generate(name: str, count: int, seed: int, **chosen: Any) -> list[Example]:
 
 
 __all__ = [
-    "TASKS", "Encoded", "Example", "Tokenizer", "contrast", "counterfactual_capitals", "encode",
-    "generate", "ioi", "lookup", "needle", "options", "repeated_tokens", "split", "true_capitals",
+    "TASKS",
+    "Encoded",
+    "Example",
+    "Pairs",
+    "Tokenizer",
+    "arithmetic",
+    "capitals",
+    "colored_objects",
+    "contradicted_capitals",
+    "contrast",
+    "counterfactual_capitals",
+    "encode",
+    "encode_pairs",
+    "generate",
+    "greater_than",
+    "ioi",
+    "lookup",
+    "needle",
+    "options",
+    "pronouns",
+    "repeated_tokens",
+    "same_length",
+    "single_token",
+    "split",
+    "successors",
+    "true_capitals",
 ]  # fmt: skip

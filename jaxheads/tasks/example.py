@@ -38,6 +38,13 @@ class Example:
       wrong: the contrasting answer, for differences of logits.
       corrupted: the prompt with the decisive word replaced, of the same length in
         tokens, for patching.
+      answers: every right answer where there are several, `answer` among them; empty:
+        only `answer`.
+      wrongs: every wrong answer where there are several, `wrong` among them; empty:
+        only `wrong`.
+
+    Raises:
+      ValueError: `answers` leaves out `answer`, or `wrongs` leaves out `wrong`.
     """
 
     prompt: str
@@ -46,6 +53,16 @@ class Example:
     group: str = ""
     wrong: str | None = None
     corrupted: str | None = None
+    answers: tuple[str, ...] = ()
+    wrongs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, one, several in (
+            ("answer", self.answer, self.answers),
+            ("wrong", self.wrong, self.wrongs),
+        ):
+            if several and one not in several:
+                raise ValueError(f"{name}s {several} must hold {name}, which is {one!r}")
 
 
 @struct.dataclass

@@ -1,0 +1,111 @@
+"""A sweep divided over 8 fake devices gives what one device gives.
+
+The fake devices need a process of their own, which runs this file as a script.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxheads as jh
+from jaxheads.convert.place import by_axes
+from jaxheads.model.parameters import flatten, nest, parameter_table
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHED = {  # as in conftest.py
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+}
+CONFIG = jh.ModelConfig(
+    n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, d_model=32, d_mlp=64, vocab_size=50,
+    context_length=64,
+)  # fmt: skip
+MESHES = {
+    "edits": {"edits": 8},
+    "edits, rows and heads": {"edits": 2, "data": 2, "tensor": 2},
+}
+
+
+def batches() -> tuple[jh.Batch, jh.Batch]:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 50, (4, 10)).astype(np.int32)
+    other = tokens.copy()
+    other[:, 6] = (other[:, 6] + 3) % 50
+    mask = np.ones((4, 10), bool)
+    mask[0, :3] = False
+    return jh.Batch(tokens, mask), jh.Batch(other, mask)
+
+
+def run(model: jh.Transformer, mesh: jax.sharding.Mesh | None) -> dict[str, list]:
+    clean, corrupted = batches()
+    metric = jh.LogitDifference.of(clean, [1, 2, 3, 4], [5, 6, 7, 8])
+    over = ("layer", "head", "position")
+    edits = [jh.mask_heads(CONFIG, [(layer, 1)]) for layer in range(3)]
+    found = {
+        "ablate": jh.ablate_heads(model, clean, metric, mesh=mesh, rows=True),
+        "patch": jh.patch(model, clean, corrupted, metric, over=over, mesh=mesh),
+        "sweep": jh.sweep(model, clean, metric, edits, mesh=mesh),
+    }
+    return {name: array.values.tolist() for name, array in found.items()}
+
+
+def sharded(model: jh.Transformer, mesh: jax.sharding.Mesh) -> jh.Transformer:
+    """The model with its heads over the axis "tensor", or a copy on every device."""
+    if "tensor" not in mesh.shape:
+        return jax.device_put(model, jax.NamedSharding(mesh, jax.P()))
+    place = by_axes(mesh)
+    params = {
+        path: jax.device_put(leaf, place(path, parameter_table(CONFIG)[path].axes, leaf.shape))
+        for path, leaf in flatten(model.params)
+    }
+    return jh.Transformer(CONFIG, nest(params))
+
+
+def main() -> None:
+    model = jh.Transformer.random(CONFIG, jax.random.key(0))
+    found = {}
+    for name, axes in MESHES.items():
+        devices = jax.devices()[: int(np.prod(list(axes.values())))]
+        types = (jax.sharding.AxisType.Auto,) * len(axes)
+        mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), types, devices=devices)
+        found[name] = run(sharded(model, mesh), mesh)
+    print(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def on_eight_devices() -> dict[str, dict[str, list]]:
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env=os.environ
+        | CACHED
+        | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def on_one_device() -> dict[str, list]:
+    return run(jh.Transformer.random(CONFIG, jax.random.key(0)), None)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_every_mesh_gives_what_one_device_gives(name, on_eight_devices, on_one_device):
+    for what, expected in on_one_device.items():
+        assert np.abs(expected).max() > 1e-2
+        np.testing.assert_allclose(on_eight_devices[name][what], expected, atol=1e-5)
+
+
+if __name__ == "__main__":
+    main()
