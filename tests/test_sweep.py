@@ -16,7 +16,7 @@ from jaxheads.sweep import engine, plan
 from jaxheads.sweep.metrics import as_metric
 from jaxheads.sweep.pairs import first_difference
 from jaxheads.sweep.points import Points
-from jaxheads.sweep.step import Step
+from jaxheads.sweep.step import Step, Stream
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -75,6 +75,22 @@ def test_ablating_heads_equals_whole_forward_passes(kind, how):
     assert found.axes == ("layer", "head", "row")
     np.testing.assert_allclose(found.values, expected, atol=1e-5)
     assert np.abs(expected).max() > 0.1
+
+
+@pytest.mark.parametrize("how", ["zero", "mean", "uniform"])
+def test_slots_that_all_rows_begin_with_are_computed_once(how):
+    model = tiny_model(windows=(0, 3, 0))
+    tokens = np.asarray(CLEAN.tokens).copy()
+    tokens[:, :5] = tokens[1, :5]
+    batch = jh.pack(tokens.tolist())
+    assert engine.common_slots(batch) == 5
+    assert engine.common_slots(CLEAN) == 0  # padding is nobody's
+    metric = jh.TokenLoss.of(jh.Batch(tokens, batch.mask, np.arange(12) >= [[9], [8], [11]]))
+    found = jh.ablate_heads(model, batch, metric, how, rows=True)
+    means = jh.mean_activation(model, [batch]) if how == "mean" else None
+    edits = [jh.mask_heads(model.config, [h], how, means=means) for h in HEADS]
+    expected = changes(model, batch, metric, edits).reshape(3, 6, 3)
+    np.testing.assert_allclose(found.values, expected, atol=1e-5)
 
 
 METRICS = {
@@ -300,7 +316,12 @@ def test_flops_of_the_program_are_those_on_paper():
     points = Points(none, none, none, entering=lambda *_: {})
     step = Step.at(model, prefix, points, jnp.asarray(1), 0)
     x = jnp.zeros((5, 3, 12, 64))
-    cost = jax.jit(jax.vmap(lambda x: step.through(x, None))).lower(x).compile().cost_analysis()
+    cost = (
+        jax.jit(jax.vmap(lambda x: step.through(Stream(x), None)))
+        .lower(x)
+        .compile()
+        .cost_analysis()
+    )
     assert cost["flops"] == pytest.approx(5 * shape.block_flops(12), rel=0.15)
 
 

@@ -28,7 +28,7 @@ from jaxheads.model.transformer import Transformer
 from jaxheads.sweep.metrics import Metric
 from jaxheads.sweep.plan import Shape, Wave, plan
 from jaxheads.sweep.points import Points
-from jaxheads.sweep.step import Prefix, Step
+from jaxheads.sweep.step import Prefix, Step, Stream
 
 Array = jax.Array
 Progress = Callable[[int, int], None]
@@ -89,9 +89,9 @@ def run_points(
       ValueError: a budget too small for one point.
     """
     shape = shape_of(model, batch, metric)
-    waves = _waves(model, points, shape, budget, mesh)
+    waves = _waves(model, batch, points, shape, budget, mesh)
     batch, metric, points = _place(mesh, batch, metric, points)
-    prefix = run_prefix(model, batch, metric, windowed=any(wave.start for wave in waves))
+    prefix = run_prefix(model, batch, metric, windowed=_windowed(points, waves))
     values = np.zeros((len(points), shape.rows), np.float32)
     total, done = sum(len(list(wave.steps)) for wave in waves), 0
     found, marks = [], []
@@ -151,9 +151,9 @@ def record_points(
       ValueError: a budget too small for one point.
     """
     shape, top = shape_of(model, batch, metric), max(taps)
-    waves = _waves(model, points, shape, budget, mesh)
+    waves = _waves(model, batch, points, shape, budget, mesh)
     batch, metric, points = _place(mesh, batch, metric, points)
-    prefix = run_prefix(model, batch, metric, windowed=any(wave.start for wave in waves))
+    prefix = run_prefix(model, batch, metric, windowed=_windowed(points, waves))
     total, done = sum(sum(step[0] <= top for step in wave.steps) for wave in waves), 0
     kept: dict[int, dict[str, np.ndarray]] = {layer: {} for layer in taps}
     for wave in waves:
@@ -183,13 +183,13 @@ def _move(
     model: Transformer,
     prefix: Prefix,
     points: Points,
-    streams: Array,
+    streams: Stream,
     counts: tuple[Array, Array, Array],
     *,
     start: int,
     chunk: int,
     mesh: jax.sharding.Mesh | None,
-) -> tuple[Array, Array]:
+) -> tuple[Stream, Array]:
     """One layer of a wave: streams from below move through it, and new ones begin.
 
     Returns:
@@ -198,19 +198,19 @@ def _move(
     layer, below, here = counts
     step = Step.at(model, prefix, points, layer, start)
 
-    def move(index: Array, streams: Array) -> Array:
+    def move(index: Array, streams: Stream) -> Stream:
         x, arguments = _rows((streams, points.arguments), index * chunk, chunk)
         moved = jax.vmap(jax.vmap(step.through))(x, arguments)
         return _put(streams, moved, index * chunk, mesh)
 
-    def begin(index: Array, streams: Array) -> Array:
+    def begin(index: Array, streams: Stream) -> Stream:
         row = below + index * chunk
         begun = jax.vmap(jax.vmap(step.begin))(_rows(points.arguments, row, chunk))
         return _put(streams, begun, row, mesh)
 
     streams = lax.fori_loop(0, -(-below // chunk), move, streams)
     streams = lax.fori_loop(0, -(-here // chunk), begin, streams)
-    return streams, streams[0, 0, 0, 0, 0]
+    return streams, streams.own[0, 0, 0, 0, 0]
 
 
 @partial(jax.jit, static_argnames=("start", "chunk", "reads", "mesh"))
@@ -219,7 +219,7 @@ def _read(
     prefix: Prefix,
     points: Points,
     metric: Metric,
-    streams: Array,
+    streams: Stream,
     counts: tuple[Array, Array, Array],
     *,
     start: int,
@@ -230,7 +230,7 @@ def _read(
     """The last layer of a wave, and the metric of every row: float32 [lanes, rows, B]."""
     layer, below, here = counts
     step = Step.at(model, prefix, points, layer, start)
-    found = jnp.zeros(streams.shape[:3], jnp.float32)
+    found = jnp.zeros(streams.own.shape[:3], jnp.float32)
 
     def move(index: Array, found: Array) -> Array:
         x, arguments = _rows((streams, points.arguments), index * chunk, chunk)
@@ -254,7 +254,7 @@ def _record(
     prefix: Prefix,
     points: Points,
     taps: Mapping[str, Tap],
-    streams: Array,
+    streams: Stream,
     layer: Array,
     *,
     start: int,
@@ -263,50 +263,79 @@ def _record(
     """What is tapped in one layer: [lanes, rows, ...]."""
     step = Step.at(model, prefix, points, layer, start)
 
-    def rows(x: Array, arguments: Any) -> dict[str, Array]:
+    def rows(x: Stream, arguments: Any) -> dict[str, Array]:
         return lax.map(lambda row: step.record(taps, *row), (x, arguments), batch_size=chunk)
 
     return jax.vmap(rows)(streams, points.arguments)
 
 
 def _waves(
-    model: Transformer, points: Points, shape: Shape, budget: int, mesh: jax.sharding.Mesh | None
+    model: Transformer,
+    batch: Batch,
+    points: Points,
+    shape: Shape,
+    budget: int,
+    mesh: jax.sharding.Mesh | None,
 ) -> list[Wave]:
     lanes = mesh.shape.get("edits", 1) if mesh is not None else 1
     (device, *_) = jax.tree.leaves(model)[0].devices()
     slot = points.slot if model.config.causal else np.zeros_like(points.slot)
+    if points.alike and model.config.causal:
+        slot = np.full_like(slot, common_slots(batch))
     return plan(points.layer, slot, shape, budget=budget, lanes=lanes, platform=device.platform)
+
+
+def common_slots(batch: Batch) -> int:
+    """How many slots from the first hold the same real token in every row."""
+    tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask)
+    same = (tokens == tokens[0]).all(axis=0) & mask.all(axis=0)
+    return int(same.argmin()) if len(tokens) > 1 and not same.all() else 0
+
+
+def _windowed(points: Points, waves: list[Wave]) -> bool:
+    """Whether edits read the unedited run's keys and values."""
+    return not points.alike and any(wave.start for wave in waves)
 
 
 def _entered(
     model: Transformer, wave: Wave, points: Points, shape: Shape, mesh: jax.sharding.Mesh | None
-) -> tuple[Points, Array]:
+) -> tuple[Points, Stream]:
     """The points of a wave in its order, on their devices, and room for their streams."""
     arguments = jax.tree.map(lambda leaf: leaf[wave.grid], points.arguments)
     nothing = np.zeros(0, np.int32)
     one = dataclasses.replace(points, layer=nothing, slot=nothing, arguments=arguments)
-    return _lanes(mesh, one), _empty(model, wave, shape, mesh)
+    return _lanes(mesh, one), _empty(model, wave, points, shape, mesh)
 
 
 def _rows(tree: Any, row: Array, count: int) -> Any:
     return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, row, count, axis=1), tree)
 
 
-def _put(streams: Array, part: Array, row: Array, mesh: jax.sharding.Mesh | None) -> Array:
-    streams = lax.dynamic_update_slice_in_dim(streams, part.astype(streams.dtype), row, axis=1)
-    return streams if mesh is None else lax.with_sharding_constraint(streams, _streams_at(mesh))
+def _put(whole: Any, part: Any, row: Array, mesh: jax.sharding.Mesh | None) -> Any:
+    def put(leaf: Array, new: Array) -> Array:
+        leaf = lax.dynamic_update_slice_in_dim(leaf, new.astype(leaf.dtype), row, axis=1)
+        if mesh is None:
+            return leaf
+        return lax.with_sharding_constraint(leaf, _streams_at(mesh, leaf.shape[2]))
+
+    return jax.tree.map(put, whole, part)
 
 
-def _empty(model: Transformer, wave: Wave, shape: Shape, mesh: jax.sharding.Mesh | None) -> Array:
-    width = shape.slots - wave.start
-    size = (*wave.grid.shape, shape.rows, width, model.config.d_model)
-    sharding = None if mesh is None else _streams_at(mesh)
-    return jnp.zeros(size, model.config.compute_dtype, device=sharding)
+def _empty(
+    model: Transformer, wave: Wave, points: Points, shape: Shape, mesh: jax.sharding.Mesh | None
+) -> Stream:
+    def zeros(rows: int, slots: int) -> Array:
+        size = (*wave.grid.shape, rows, slots, model.config.d_model)
+        sharding = None if mesh is None else _streams_at(mesh, rows)
+        return jnp.zeros(size, model.config.compute_dtype, device=sharding)
+
+    own = zeros(shape.rows, shape.slots - wave.start)
+    return Stream(own, zeros(1, wave.start) if points.alike and wave.start else None)
 
 
-def _streams_at(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+def _streams_at(mesh: jax.sharding.Mesh, rows: int) -> jax.sharding.NamedSharding:
     edits, data = (axis if axis in mesh.shape else None for axis in ("edits", "data"))
-    return jax.NamedSharding(mesh, jax.P(edits, None, data))
+    return jax.NamedSharding(mesh, jax.P(edits, None, data if rows > 1 else None))
 
 
 def _lanes(mesh: jax.sharding.Mesh | None, points: Points) -> Points:

@@ -29,6 +29,8 @@ class Points:
         another run. Kept once, whatever N is.
       entering: makes the edits of the block in which a point begins. Static.
       later: makes those of the blocks above it; None where they are left alone. Static.
+      alike: whether an edit does the same in every row and slot. Then the slots that all rows
+        begin with are computed once for each edit, not once for each row. Static.
       outside: makes those of the sites outside the stack from a point's arguments. Static.
     """
 
@@ -37,6 +39,7 @@ class Points:
     arguments: Any
     shared: Any = None
     entering: Build = struct.field(pytree_node=False, kw_only=True)
+    alike: bool = struct.field(pytree_node=False, default=False)
     later: Build | None = struct.field(pytree_node=False, default=None)
     outside: Callable[[Any], Mapping[str, Edit]] | None = struct.field(
         pytree_node=False, default=None

@@ -42,6 +42,20 @@ class Prefix:
     metric: Array
 
 
+@struct.dataclass
+class Stream:
+    """The residual stream of a point; leading axes stand for several points.
+
+    Attributes:
+      own: [B,W,D], each row's slots of the window.
+      common: [1,T-W,D], the slots before the window, where all rows have them in common;
+        None where they are those of the unedited run.
+    """
+
+    own: Array
+    common: Array | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """One block at the window of a wave; the methods are of one point."""
@@ -75,59 +89,78 @@ class Step:
             past = KVCache(jnp.zeros(()), jnp.zeros(()), before, jnp.asarray(start, jnp.int32))
         return self.model.begin(mask[:, start:], past, "prefill", {}, {})[0]
 
-    @property
-    def cached(self) -> tuple[Array, Array] | None:
-        """Keys and values [B,T,K,Dh] of the unedited run, where there are slots before."""
+    def before(
+        self, x: Stream, edits: Mapping[str, Edit]
+    ) -> tuple[Array | None, tuple[Array, Array] | None]:
+        """What lies before the window.
+
+        Returns:
+          The common slots after the block, if there are any; keys and values [B,T,K,Dh] of the
+          slots before the window, or None without a window.
+        """
         if not self.start:
-            return None
-        assert self.prefix.k is not None and self.prefix.v is not None
-        return self.prefix.k[self.layer], self.prefix.v[self.layer]
+            return None, None
+        if x.common is None:
+            assert self.prefix.k is not None and self.prefix.v is not None
+            return None, (self.prefix.k[self.layer], self.prefix.v[self.layer])
+        mask = self.prefix.mask
+        context, _ = self.model.begin(mask[:1, : self.start], None, "prefill", {}, {})
+        common, _, known = self.model.step(x.common, context, self.block, edits)
+        rest = ((0, 0), (0, mask.shape[1] - self.start), (0, 0), (0, 0))
+        k, v = (jnp.pad(part, rest).repeat(mask.shape[0], axis=0) for part in known)
+        return common, (k, v)
 
     def edits(self, arguments: Any, *, entering: bool) -> Mapping[str, Edit]:
         """Those of a point that begins in this block, or began below."""
         build = self.points.entering if entering else self.points.later
         return {} if build is None else build(arguments, self.shared, self.layer, self.start)
 
-    def begin(self, arguments: Any) -> Array:
-        """The stream [B,W,D] after the block in which a point begins."""
+    def begin(self, arguments: Any) -> Stream:
+        """The stream after the block in which a point begins."""
         return self._run(self._stream(arguments), self.edits(arguments, entering=True))
 
-    def through(self, x: Array, arguments: Any) -> Array:
-        """The stream [B,W,D] after a block above."""
+    def through(self, x: Stream, arguments: Any) -> Stream:
+        """The stream after a block above."""
         return self._run(x, self.edits(arguments, entering=False))
 
-    def record(self, taps: Mapping[str, Tap], x: Array, arguments: Any) -> dict[str, Array]:
+    def record(self, taps: Mapping[str, Tap], x: Stream, arguments: Any) -> dict[str, Array]:
         """What is tapped in a block above."""
         context = dataclasses.replace(self.context(self.start), taps=taps)
         edits = self.edits(arguments, entering=False)
-        return dict(self.model.step(x, context, self.block, edits, self.cached)[1].tapped)
+        _, cached = self.before(x, edits)
+        return dict(self.model.step(x.own, context, self.block, edits, cached)[1].tapped)
 
-    def finish(self, metric: Metric, reads: int, x: Array | None, arguments: Any) -> Array:
+    def finish(self, metric: Metric, reads: int, x: Stream | None, arguments: Any) -> Array:
         """The metric [B] after the last block; x is None for a point that begins in it."""
         edits = self.edits(arguments, entering=x is None)
         start, slots = self.start, self.prefix.mask.shape[1]
         if x is None:
-            x = self._run(self._stream(arguments), edits)
+            own = self._run(self._stream(arguments), edits).own
         elif reads < slots - start:
+            _, cached = self.before(x, edits)
             # Only keys and values of this pass are used, so the rest of it is never computed.
-            _, _, known = self.model.step(x, self.context(start), self.block, edits, self.cached)
-            x, start = x[:, -reads:], slots - reads
-            x, _, _ = self.model.step(x, self.context(start), self.block, edits, known)
+            _, _, known = self.model.step(x.own, self.context(start), self.block, edits, cached)
+            own, start = x.own[:, -reads:], slots - reads
+            own, _, _ = self.model.step(own, self.context(start), self.block, edits, known)
         else:
-            x = self._run(x, edits)
-        return self._measure(metric, x, start, arguments)
+            own = self._run(x, edits).own
+        return self._measure(metric, own, start, arguments)
 
-    def _stream(self, arguments: Any) -> Array:
+    def _stream(self, arguments: Any) -> Stream:
         """What enters the block in which a point begins."""
-        x = self.prefix.streams[self.layer][:, self.start :]
+        x = self.prefix.streams[self.layer]
+        common = x[:1, : self.start] if self.points.alike and self.start else None
+        own = x[:, self.start :]
         if self.points.outside is None or "embed" not in (edits := self.points.outside(arguments)):
-            return x
+            return Stream(own, common)
         context = dataclasses.replace(self.context(self.start), edits=edits)
         # Points that edit the embedding begin in the first layer, and so does every other.
-        return context.visit("embed", x)[0]
+        return Stream(context.visit("embed", own)[0], common)
 
-    def _run(self, x: Array, edits: Mapping[str, Edit]) -> Array:
-        return self.model.step(x, self.context(self.start), self.block, edits, self.cached)[0]
+    def _run(self, x: Stream, edits: Mapping[str, Edit]) -> Stream:
+        common, cached = self.before(x, edits)
+        own = self.model.step(x.own, self.context(self.start), self.block, edits, cached)[0]
+        return Stream(own, common)
 
     def _measure(self, metric: Metric, x: Array, start: int, arguments: Any) -> Array:
         edits = {} if self.points.outside is None else self.points.outside(arguments)

@@ -184,6 +184,7 @@ def ablate_heads(
         head.astype(np.int32),
         shared,
         entering=build,
+        alike=how != "resample",
     )
     labels = tuple(tuple(range(n)) for n in size)
     return effects(
