@@ -13,15 +13,12 @@ from jaxheads.sweep import LogitDifference, Rank, ablate_heads, patch
 from jaxheads.sweep.agreement import agreement
 from jaxheads.sweep.attribution import (
     _lend,
-    _measure,
-    _Parts,
-    _start,
-    _sums,
     attribution_patching,
     head_importance,
     integrated_gradients,
 )
 from jaxheads.sweep.named import NamedArray
+from jaxheads.sweep.strength import Parts, _sums, at_start, measure
 from jaxheads.tasks import encode_pairs, ioi
 
 MODEL = tiny_model()
@@ -64,7 +61,7 @@ def gradient_at(model, batch, offset):
 
     def total(offset):
         edits = jh.Edits({site: jh.Affine(offset=leaf) for site, leaf in offset.items()})
-        return _measure(model, batch, METRIC, edits).sum()
+        return measure(model, batch, METRIC, edits).sum()
 
     return jax.grad(total)(offset)
 
@@ -106,7 +103,7 @@ def test_attribution_equals_a_forward_derivative():
 
     def moved(weight):
         edits = jh.Edits(z=jh.Mix(z, weight))
-        return _measure(MODEL, CORRUPTED, METRIC, edits)
+        return measure(MODEL, CORRUPTED, METRIC, edits)
 
     head = jnp.zeros((3, 1, 1, 6, 1)).at[1, :, :, 4].set(1)
     _, slope = jax.jit(lambda: jax.jvp(moved, (jnp.zeros_like(head),), (head,)))()
@@ -149,7 +146,7 @@ def test_integrated_along_one_layer_the_parts_sum_to_the_exact_effect_of_the_lay
     errors = []
     z = MODEL(CLEAN, taps="z").taps["z"]
     whole = jh.Edits(z=jh.Mix(z, jnp.zeros((3, 1, 1, 1, 1)).at[1].set(1)))
-    unedited, edited = (_measure(MODEL, CORRUPTED, METRIC, e) for e in (jh.Edits(), whole))
+    unedited, edited = (measure(MODEL, CORRUPTED, METRIC, e) for e in (jh.Edits(), whole))
     for steps in (1, 6):
         found = attribution_patching(
             MODEL, CLEAN, CORRUPTED, METRIC, steps=steps, layers=[1], rows=True
@@ -167,7 +164,7 @@ def test_integrated_gradients_are_complete_and_the_gap_falls_with_steps():
     for steps in (1, 8):
         found = integrated_gradients(MODEL, CLEAN, METRIC, edits, steps=steps)
         info = found["z"].info
-        change = _measure(MODEL, CLEAN, METRIC, edits) - _measure(MODEL, CLEAN, METRIC, jh.Edits())
+        change = measure(MODEL, CLEAN, METRIC, edits) - measure(MODEL, CLEAN, METRIC, jh.Edits())
         assert info["edited"] - info["unedited"] == pytest.approx(float(change.mean()), abs=1e-5)
         total = found["z"].values.sum() + found["mlp_out"].values.sum()
         assert info["gap"] == pytest.approx(float(change.mean()) - total, abs=1e-5)
@@ -200,7 +197,7 @@ def test_head_importance_takes_each_row_apart():
         metric = jax.tree.map(lambda leaf: leaf[row : row + 1], METRIC)
 
         def total(scale):
-            return _measure(MODEL, one, metric, jh.Edits(z=jh.Affine(scale=scale))).sum()
+            return measure(MODEL, one, metric, jh.Edits(z=jh.Affine(scale=scale))).sum()
 
         return np.asarray(jax.jit(jax.grad(total))(jnp.ones((3, 1, 1, 6, 1))))[:, 0, 0, :, 0]
 
@@ -230,14 +227,14 @@ def test_all_heads_cost_less_than_two_forward_and_backward_passes():
 
     def run(model, batch, offset):
         edits = jh.Edits(embed=jh.Affine(offset=offset))
-        return jax.grad(lambda e: _measure(model, batch, METRIC, e).sum())(edits)
+        return jax.grad(lambda e: measure(model, batch, METRIC, e).sum())(edits)
 
     once = flops(jax.jit(run), MODEL, CLEAN, jnp.zeros((2, SLOTS, 40)))
     edits = jh.Edits(z=jh.Mix(MODEL(CLEAN, taps="z").taps["z"], jnp.ones((1,) * 5)))
     edits = edits.when(np.asarray(CLEAN.mask))
-    parts = (_Parts("z", ("layer", "head", "position")),)
+    parts = (Parts("z", ("layer", "head", "position")),)
     total = flops(_lend, MODEL, CLEAN, METRIC, site="z")
-    total += flops(_sums, MODEL, CORRUPTED, METRIC, edits, *_start(MODEL.config), parts=parts)
+    total += flops(_sums, MODEL, CORRUPTED, METRIC, edits, *at_start(MODEL.config), parts=parts)
     assert total < 2 * once
 
 
@@ -346,7 +343,17 @@ def test_smollm2_important_heads_matter_more_than_random_ones(ioi_pairs):
 
     def change(heads):
         edits = jh.mask_heads(model.config, heads)
-        return float(abs(_measure(model, clean, metric, edits).mean() - unedited))
+        return float(abs(measure(model, clean, metric, edits).mean() - unedited))
 
-    unedited = _measure(model, clean, metric, jh.Edits()).mean()
+    unedited = measure(model, clean, metric, jh.Edits()).mean()
     assert change(best) > 1.5 * max(change(heads) for heads in random)
+
+
+def test_agreement_of_plain_numbers():
+    exact = np.array([1.0, 2.0, 3.0, 4.0])
+    assert agreement(2 * exact, exact).pearson == pytest.approx(1)
+    assert agreement(-np.exp(exact), exact).spearman == pytest.approx(-1)
+    # Ties share the mean of their ranks: 1.5, 1.5, 3 against 1, 2, 3.
+    assert agreement(np.array([5.0, 5, 9]), exact[:3]).spearman == pytest.approx(0.8660254)
+    with pytest.raises(ValueError, match="cannot compare shapes"):
+        agreement(exact, exact[:3])

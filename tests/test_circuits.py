@@ -14,7 +14,6 @@ from tiny import tiny_model, tiny_tokens
 from jaxheads import Batch
 from jaxheads.circuits.circuit import Circuit
 from jaxheads.circuits.edge_attribution import (
-    agreement,
     edge_attribution,
     edge_effects,
     node_scores,
@@ -23,6 +22,7 @@ from jaxheads.circuits.edge_forward import Runner, masked_metric
 from jaxheads.circuits.faithfulness import faithfulness_curve, random_circuit
 from jaxheads.circuits.graph import Graph
 from jaxheads.circuits.search import acdc, cdt_search, heads_alone
+from jaxheads.sweep.agreement import agreement
 from jaxheads.sweep.metrics import LogitDifference
 from jaxheads.tasks.ioi import ioi
 from jaxheads.tasks.pairs import encode_pairs
@@ -246,14 +246,6 @@ def test_exact_edge_effects_are_the_planted_ones():
         assert (effect < -3) if edge in planted.EDGES else (abs(effect) < 0.01)
 
 
-def test_agreement():
-    exact = np.array([1.0, 2.0, 3.0, 4.0])
-    assert agreement(2 * exact, exact) == pytest.approx((1, 1, 1))
-    assert agreement(-np.exp(exact), exact).spearman == pytest.approx(-1)
-    # Ties share the mean of their ranks: 1.5, 1.5, 3 against 1, 2, 3.
-    assert agreement(np.array([5.0, 5, 9]), exact[:3]).spearman == pytest.approx(0.8660254)
-
-
 # Circuits.
 
 
@@ -410,9 +402,9 @@ def test_models_whose_branches_are_not_added_are_refused():
 def test_prompts_that_do_not_fit_are_refused():
     model = tiny_model()
     short = Batch(CLEAN.tokens[:, :-1], CLEAN.mask[:, :-1])
-    with pytest.raises(ValueError, match=r"one shape, got \(2, 9\) and \(2, 8\)"):
+    with pytest.raises(ValueError, match=r"one shape, got tokens of shapes \(2, 9\) and \(2, 8\)"):
         edge_attribution(model, CLEAN, short, METRIC)
-    with pytest.raises(ValueError, match="padded alike, but differ in row 1"):
+    with pytest.raises(ValueError, match="equal length and padding, but row 1"):
         edge_attribution(model, CLEAN, batch(1, padded=False), METRIC)
     with pytest.raises(ValueError, match="no effect to explain"):
         Circuit.of(model, [("embed", "logits")]).faithfulness(model, CLEAN, CLEAN, METRIC)

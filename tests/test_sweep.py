@@ -81,11 +81,12 @@ def test_ablating_heads_equals_whole_forward_passes(kind, how):
 def test_slots_that_all_rows_begin_with_are_computed_once(how):
     model = tiny_model(windows=(0, 3, 0))
     tokens = np.asarray(CLEAN.tokens).copy()
-    tokens[:, :5] = tokens[1, :5]
+    tokens[:, :9] = tokens[1, :9]
     batch = jh.pack(tokens.tolist())
-    assert engine.common_slots(batch) == 5
+    assert engine.common_slots(batch) == 9
     assert engine.common_slots(CLEAN) == 0  # padding is nobody's
-    metric = jh.TokenLoss.of(jh.Batch(tokens, batch.mask, np.arange(12) >= [[9], [8], [11]]))
+    metric = jh.TokenLoss.of(jh.Batch(tokens, batch.mask, np.arange(12) >= [[11], [10], [11]]))
+    assert plan.worth_sharing(3, 9, "cpu") and not plan.worth_sharing(3, 1, "cpu")
     found = jh.ablate_heads(model, batch, metric, how, rows=True)
     means = jh.mean_activation(model, [batch]) if how == "mean" else None
     edits = [jh.mask_heads(model.config, [h], how, means=means) for h in HEADS]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -251,42 +251,3 @@ def _without(mask: np.ndarray, edge: np.ndarray) -> np.ndarray:
     mask = mask.copy()
     mask[tuple(edge)] = 0
     return mask
-
-
-class Agreement(NamedTuple):
-    """How estimates agree with exact values.
-
-    Attributes:
-      pearson: their correlation.
-      spearman: that of their ranks.
-      error: mean of |estimate - exact| over mean of |exact|.
-    """
-
-    pearson: float
-    spearman: float
-    error: float
-
-
-def agreement(estimates: np.ndarray, exact: np.ndarray) -> Agreement:
-    """How estimates [N] agree with exact values [N], e.g. scores with `edge_effects`.
-
-    Raises:
-      ValueError: not two rows of one length, of at least 2 finite numbers that differ.
-    """
-    a, b = np.asarray(estimates, np.float64), np.asarray(exact, np.float64)
-    if a.shape != b.shape or a.ndim != 1:
-        raise ValueError(f"expected two rows of one length, got shapes {a.shape} and {b.shape}")
-    for name, values in (("estimates", a), ("exact values", b)):
-        if not np.isfinite(values).all() or len(np.unique(values)) < 2:
-            raise ValueError(f"{name} must be at least 2 finite numbers that differ")
-    return Agreement(
-        float(np.corrcoef(a, b)[0, 1]),
-        float(np.corrcoef(_ranks(a), _ranks(b))[0, 1]),
-        float(np.abs(a - b).mean() / np.abs(b).mean()),
-    )
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]

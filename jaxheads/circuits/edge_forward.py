@@ -31,6 +31,7 @@ from jaxheads.model.embedding import embed_tokens
 from jaxheads.model.tower import Layers
 from jaxheads.model.transformer import Transformer, read_at
 from jaxheads.sweep.metrics import Metric, as_metric, name_of
+from jaxheads.sweep.pairs import check_pair as check_same_form
 
 Array = jax.Array
 
@@ -294,16 +295,7 @@ def check_pair(
         (see `as_metric`).
     """
     Graph.of(model.config)
-    shapes = [np.shape(batch.tokens) for batch in (clean, corrupted)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"clean and corrupted prompts must have one shape, got {shapes[0]} and {shapes[1]}"
-        )
-    differ = (np.asarray(clean.mask) != np.asarray(corrupted.mask)).any(axis=1)
-    if differ.any():
-        raise ValueError(
-            f"clean and corrupted prompts must be padded alike, but differ in row {differ.argmax()}"
-        )
+    check_same_form(clean, corrupted)
     return as_metric(model, clean, metric)
 
 

@@ -39,30 +39,27 @@ class Agreement:
         return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
-def agreement(approximate: NamedArray, exact: NamedArray, *, top: int = 10) -> Agreement:
+def agreement(
+    approximate: NamedArray | np.ndarray, exact: NamedArray | np.ndarray, *, top: int = 10
+) -> Agreement:
     """Compares an approximation with what it approximates, entry by entry.
 
     Args:
       approximate: e.g. of `attribution_patching`.
-      exact: of the same axes in the same order, e.g. of `patch`. Entries that are NaN on either
-        side are left out.
+      exact: of the same axes in the same order (plain arrays: of the same shape), e.g. of
+        `patch`. Entries that are NaN on either side are left out.
       top: k of the overlap; all entries where there are fewer.
 
     Raises:
       ValueError: different axes or labels, fewer than two common entries, or `top` below 1.
     """
-    if approximate.axes != exact.axes:
-        raise ValueError(
-            f"cannot compare axes {approximate.axes} of the approximation with {exact.axes}"
-        )
-    for axis, ours, theirs in zip(exact.axes, approximate.labels, exact.labels, strict=True):
-        if ours != theirs:
-            raise ValueError(
-                f"cannot compare axis {axis!r}: its {len(ours)} and {len(theirs)} labels differ"
-            )
+    if isinstance(approximate, NamedArray) and isinstance(exact, NamedArray):
+        _check_alike(approximate, exact)
+    elif np.shape(approximate) != np.shape(exact):
+        raise ValueError(f"cannot compare shapes {np.shape(approximate)} and {np.shape(exact)}")
     if top < 1:
         raise ValueError(f"top must be at least 1, got {top}")
-    a, b = (np.asarray(part.values, np.float64).ravel() for part in (approximate, exact))
+    a, b = (np.asarray(part, np.float64).ravel() for part in (approximate, exact))
     both = ~(np.isnan(a) | np.isnan(b))
     a, b = a[both], b[both]
     if len(a) < 2:
@@ -77,6 +74,18 @@ def agreement(approximate: NamedArray, exact: NamedArray, *, top: int = 10) -> A
         count,
         len(_largest(a, count) & _largest(b, count)) / count,
     )
+
+
+def _check_alike(approximate: NamedArray, exact: NamedArray) -> None:
+    if approximate.axes != exact.axes:
+        raise ValueError(
+            f"cannot compare axes {approximate.axes} of the approximation with {exact.axes}"
+        )
+    for axis, ours, theirs in zip(exact.axes, approximate.labels, exact.labels, strict=True):
+        if ours != theirs:
+            raise ValueError(
+                f"cannot compare axis {axis!r}: its {len(ours)} and {len(theirs)} labels differ"
+            )
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

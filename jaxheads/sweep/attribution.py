@@ -23,40 +23,37 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from jaxheads.edits import Affine, Edits, Mix
-from jaxheads.edits.kinds import fitting
 from jaxheads.model.batch import Batch
-from jaxheads.model.config import ModelConfig
 from jaxheads.model.context import Context, Edit, layer_slices
 from jaxheads.model.transformer import Transformer
 from jaxheads.names import choose
-from jaxheads.sites import SITES, axis_sizes, find_site
+from jaxheads.sites import SITES, find_site
 from jaxheads.sweep.agreement import agreement
+from jaxheads.sweep.axes import only
 from jaxheads.sweep.effects import effects
 from jaxheads.sweep.engine import silent
 from jaxheads.sweep.metrics import AnyMetric, Metric, Rank, as_metric, name_of
-from jaxheads.sweep.named import Label, NamedArray
-from jaxheads.sweep.nans import refuse_nans
+from jaxheads.sweep.named import NamedArray
 from jaxheads.sweep.pairs import check_pair
-from jaxheads.sweep.patching import (
-    DIRECTIONS,
-    _check_axes,
-    _check_groups,
-    _group_names,
-    _only,
-    patch,
-)
+from jaxheads.sweep.patching import DIRECTIONS, patch
 from jaxheads.sweep.plan import DEFAULT_BUDGET
 from jaxheads.sweep.points import Points
+from jaxheads.sweep.strength import (
+    Partly,
+    Parts,
+    all_at_once,
+    at_start,
+    attribute,
+    measure,
+    one_by_one,
+    read_tokens,
+)
 from jaxheads.sweep.sweep import ablate_heads
 
 Array = jax.Array
-Path = tuple[np.ndarray, np.ndarray]
-"""Strengths at the points of a path, float32 [N,L], and the points' weights [N,L]."""
 STACKED = tuple(name for name, site in SITES.items() if site.stacked)
-_NAMES = {"B": "row", "T": "position", "H": "head", "K": "head", "D": "neurons", "F": "neurons"}
 
 
 def head_importance(
@@ -87,9 +84,9 @@ def head_importance(
     Raises:
       ValueError: a metric that does not fit the batch or has no derivative, or NaN.
     """
-    made, parts = _differentiable(model, batch, metric), _Parts("z", ("layer", "head"))
+    made, parts = _differentiable(model, batch, metric), Parts("z", ("layer", "head"))
     removed = Edits(z=Affine(scale=jnp.zeros((1, 1, 1, 1, 1))))
-    found, unedited = _attribute(model, batch, made, removed, [parts], _start(model.config))
+    found, unedited = attribute(model, batch, made, removed, [parts], at_start(model.config))
     info = {"metric": name_of(made), "unedited": float(unedited.mean())}
     name = f"importance for {name_of(made)} ({made.unit})"
     importance = parts.named(name, np.abs(found["z"]), model.config, False, info)
@@ -151,7 +148,7 @@ def attribution_patching(
     Raises:
       ValueError: as for `patch`; a metric without a derivative; steps below 0.
     """
-    config, parts = model.config, _Parts(site, tuple(over), neuron_groups)
+    config, parts = model.config, Parts(site, tuple(over), neuron_groups)
     choose("direction", direction, DIRECTIONS)
     choose("site", site, STACKED)
     parts.check(config)
@@ -159,7 +156,7 @@ def attribution_patching(
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
     all_layers = range(config.n_layers)
-    chosen = _only("layer", all_layers if layers is None else layers, {"layer": len(all_layers)},
+    chosen = only("layer", all_layers if layers is None else layers, {"layer": len(all_layers)},
                    ("layer",))  # fmt: skip
     if not chosen.any():
         raise ValueError("nothing to patch: every layer is left out")
@@ -168,9 +165,9 @@ def attribution_patching(
     values, other = _lend(model, source, made, site=site)
     edit = Mix(values, jnp.ones((1,) * values.ndim, values.dtype))
     edits = Edits({site: edit}).when(_changed(run, source, config.causal))
-    path = _one_by_one(chosen, steps) if steps else _start(config)
-    found, metrics = _attribute(model, run, made, edits, [parts], path)
-    unedited = float((_measure(model, run, made, Edits()) if steps else metrics[0]).mean())
+    path = one_by_one(chosen, steps) if steps else at_start(config)
+    found, metrics = attribute(model, run, made, edits, [parts], path)
+    unedited = float((measure(model, run, made, Edits()) if steps else metrics[0]).mean())
     scale, name = 1.0, f"attributed change of {name_of(made)} ({made.unit})"
     if normalised:
         scale, name = float(other.mean()) - unedited, f"attributed share of {name_of(made)}"
@@ -239,7 +236,7 @@ def integrated_gradients(
         raise ValueError("no edits to attribute: expected an edit of at least one site")
     config, sites = model.config, STACKED if exact else ("embed", *STACKED)
     chosen = [
-        _Parts(site, _axes_of(site) if over is None else tuple(over), neuron_groups)
+        Parts(site, _axes_of(site) if over is None else tuple(over), neuron_groups)
         for site in edits
     ]
     for parts in chosen:
@@ -248,8 +245,8 @@ def integrated_gradients(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     made = _differentiable(model, batch, metric)
-    unedited, edited = (_measure(model, batch, made, e) for e in (Edits(), edits))
-    found, _ = _attribute(model, batch, made, edits, chosen, _together(config, steps))
+    unedited, edited = (measure(model, batch, made, e) for e in (Edits(), edits))
+    found, _ = attribute(model, batch, made, edits, chosen, all_at_once(config, steps))
     attributed = sum(float(values.sum()) for values in found.values()) / len(unedited)
     info = {
         "metric": name_of(made),
@@ -268,207 +265,11 @@ def integrated_gradients(
     return results
 
 
-@struct.dataclass
-class Partly:
-    """Any edit, carried out to a part: x + strength * (edit(x) - x).
-
-    Attributes:
-      edit: what is carried out.
-      strength: broadcasts against the site; 0 nothing, 1 all of it.
-      groups: if not 0, the last axis of `strength` has this many groups of neighbouring
-        features, or is 1. Static.
-    """
-
-    edit: Any
-    strength: Array
-    groups: int = struct.field(pytree_node=False, default=0)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Sites that the inner edit reads."""
-        return getattr(self.edit, "needs", ())
-
-    def __call__(self, value: Array, context: Context) -> Array:
-        """Returns the value on its way to the edited one."""
-        strength = self.strength
-        if self.groups:
-            features = value.shape[-1]
-            strength = strength[..., jnp.arange(features) * self.groups // features]
-        change = self.edit(value, context) - value
-        return value + fitting("strength", strength, value) * change
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What is told apart at a site.
-
-    Attributes:
-      site: its name.
-      over: axes of "layer", "head", "position" and "neurons", in the order of the result.
-      groups: number of groups of neighbouring features along "neurons".
-    """
-
-    site: str
-    over: tuple[str, ...]
-    groups: int = 0
-
-    @property
-    def names(self) -> list[str]:
-        """What the axes of the site's value are called in results."""
-        return [_NAMES.get(axis, "") for axis in find_site(self.site).axes]
-
-    @property
-    def grouped(self) -> int:
-        """The number of groups, 0 if features are not told apart."""
-        return self.groups if "neurons" in self.over else 0
-
-    def check(self, config: ModelConfig) -> None:
-        """Raises ValueError for axes that the site does not have."""
-        if self.site == "embed":
-            for axis in self.over:
-                choose("axis of embed", axis, ("position", "neurons"))
-        else:
-            _check_axes(self.over, self.site)
-        if self.grouped:
-            _check_groups(self.groups, axis_sizes(config)[find_site(self.site).axes[-1]])
-
-    def shape(self, lengths: Sequence[int]) -> list[int]:
-        """Of the strengths for a value of these lengths; axes not told apart have length 1."""
-        kept = zip(self.names, (*lengths[:-1], self.grouped or lengths[-1]), strict=True)
-        return [length if name in ("row", *self.over) else 1 for name, length in kept]
-
-    def along(self, per_layer: Array) -> Array:
-        """Numbers [L], to broadcast against strengths; `embed` has that of the first layer."""
-        spec = find_site(self.site)
-        return per_layer.reshape(-1, *[1] * len(spec.axes)) if spec.stacked else per_layer[0]
-
-    def named(
-        self, name: str, values: np.ndarray, config: ModelConfig, rows: bool, info: Mapping
-    ) -> NamedArray:
-        """Strengths ([L,]B,...) as a result, with rows last or their mean."""
-        names, kept = ["layer", *self.names][-values.ndim :], (*self.over, "row")
-        values = values.squeeze(tuple(i for i, axis in enumerate(names) if axis not in kept))
-        left = [axis for axis in names if axis in kept]
-        values = values.transpose([left.index(axis) for axis in kept])
-        axes, values = (kept, values) if rows else (self.over, values.mean(axis=-1))
-        labels: list[tuple[Label, ...]] = [tuple(range(length)) for length in values.shape]
-        if self.grouped:
-            features = axis_sizes(config)[find_site(self.site).axes[-1]]
-            labels[axes.index("neurons")] = _group_names(self.groups, features)
-        return NamedArray(name, values, axes, tuple(labels), info)
-
-
-def _attribute(
-    model: Transformer,
-    batch: Batch,
-    metric: Metric,
-    edits: Edits,
-    parts: Sequence[_Parts],
-    path: Path,
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Sums over the points of a path of weight times d metric / d strength.
-
-    Returns:
-      For each site float32 [L,B,...] as `_Parts.shape` says (without L at `embed`), and the
-      metric at each point [N,B].
-
-    Raises:
-      ValueError: NaN.
-    """
-    sums, metrics = jax.device_get(_sums(model, batch, metric, edits, *path, parts=tuple(parts)))
-    if np.isnan(metrics).any():
-        none = np.zeros(0, np.int32)
-        unchanged = Points(none, none, None, entering=lambda *_: {})
-        unedited = np.asarray(_measure(model, batch, metric, Edits()))
-        refuse_nans(model, batch, metric, unchanged, np.zeros((0, len(unedited))), unedited)
-        raise ValueError(f"{name_of(metric)} is NaN on the way from no edit to the edit")
-    for site, values in sums.items():
-        if np.isnan(values).any():
-            layer = f", first in layer {np.argwhere(np.isnan(values))[0][0]}" * (site != "embed")
-            raise ValueError(f"the derivative of {name_of(metric)} is NaN at {site}{layer}")
-    return sums, metrics
-
-
-@partial(jax.jit, static_argnames="parts")
-def _sums(
-    model: Transformer,
-    batch: Batch,
-    metric: Metric,
-    edits: Edits,
-    strengths: Array,
-    weights: Array,
-    *,
-    parts: tuple[_Parts, ...],
-) -> tuple[dict[str, Array], Array]:
-    rows, slots = batch.tokens.shape
-    sizes = {**axis_sizes(model.config), "B": rows, "T": slots, "S": slots}
-
-    def zeros(part: _Parts) -> Array:
-        spec = find_site(part.site)
-        shape = part.shape([sizes[axis] for axis in spec.axes])
-        return jnp.zeros([*[sizes["L"]] * spec.stacked, *shape])
-
-    none = {part.site: zeros(part) for part in parts}
-
-    def total(moved: dict[str, Array], here: Array) -> tuple[Array, Array]:
-        partly = {
-            p.site: Partly(edits[p.site], moved[p.site] + p.along(here), p.grouped) for p in parts
-        }
-        measured = _measure(model, batch, metric, Edits(partly))
-        return measured.sum(), measured
-
-    def add(sums: dict[str, Array], point: tuple[Array, Array]) -> tuple[dict[str, Array], Array]:
-        here, weight = point
-        found, measured = jax.grad(total, has_aux=True)(none, here)
-        sums = {p.site: sums[p.site] + p.along(weight) * found[p.site] for p in parts}
-        return sums, measured
-
-    return jax.lax.scan(add, none, (strengths, weights))
-
-
-@jax.jit
-def _measure(model: Transformer, batch: Batch, metric: Metric, edits: Edits) -> Array:
-    """The metric of an edited run: float32 [B]."""
-    logits = model(batch, edits=edits, logits_at=jnp.asarray(metric.slots)).logits
-    return metric(_read(logits, metric))
-
-
 @partial(jax.jit, static_argnames="site")
 def _lend(model: Transformer, source: Batch, metric: Metric, *, site: str) -> tuple[Array, Array]:
     """The values of a site [L,B,T,...] in a run, and its metric [B]."""
     out = model(source, taps=site, logits_at=jnp.asarray(metric.slots))
-    return out.taps[site], metric(_read(out.logits, metric))
-
-
-def _read(logits: Array, metric: Metric) -> Array:
-    if metric.tokens is None:
-        return logits
-    return jnp.take_along_axis(logits, jnp.asarray(metric.tokens)[:, None], axis=2)
-
-
-def _start(config: ModelConfig) -> Path:
-    """The run as it is."""
-    return np.zeros((1, config.n_layers), np.float32), np.ones((1, config.n_layers), np.float32)
-
-
-def _together(config: ModelConfig, steps: int) -> Path:
-    """All layers move at once: N = steps."""
-    strengths, weights = _quadrature(steps)
-    every = np.ones(config.n_layers, np.float32)
-    return strengths[:, None] * every, weights[:, None] * every
-
-
-def _one_by_one(chosen: np.ndarray, steps: int) -> Path:
-    """One layer moves while the others stay: N = steps * chosen layers."""
-    strengths, weights = _quadrature(steps)
-    each = np.eye(len(chosen), dtype=np.float32)[chosen]
-    return np.kron(each, strengths[:, None]), np.kron(each, weights[:, None])
-
-
-def _quadrature(steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gauss-Legendre on 0 to 1: exact for polynomials up to degree 2 * steps - 1."""
-    places, weights = np.polynomial.legendre.leggauss(steps)
-    return ((places + 1) / 2).astype(np.float32), (weights / 2).astype(np.float32)
+    return out.taps[site], metric(read_tokens(out.logits, metric))
 
 
 def _differentiable(model: Transformer, batch: Batch, metric: AnyMetric) -> Metric:
@@ -508,7 +309,7 @@ def _alone(
     batch: Batch,
     metric: Metric,
     edits: Edits,
-    parts: _Parts,
+    parts: Parts,
     like: NamedArray,
 ) -> NamedArray:
     """What a site's edit changes on each part alone, exactly, with the axes of `like`."""
@@ -529,7 +330,7 @@ def _alone(
 class _OnePart:
     """Carries an edit out on one head, slot or group of features of a layer."""
 
-    parts: _Parts
+    parts: Parts
 
     def __call__(self, at: Any, edit: Edit, layer: Array, start: int) -> Mapping[str, Edit]:
         def alone(value: Array, context: Context) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -72,3 +73,28 @@ def effects(
         values = values.mean(axis=-1)
     info = {"metric": name_of(metric), "unedited": float(unedited.mean()), **info}
     return NamedArray(f"change of {name_of(metric)} ({metric.unit})", values, axes, labels, info)
+
+
+def normalised_by(
+    found: NamedArray, model: Transformer, source: Batch, metric: Metric
+) -> NamedArray:
+    """Effects as shares of the difference between the metrics of two runs.
+
+    Args:
+      found: effects on the unedited run.
+      model: the model.
+      source: the prompts of the other run.
+      metric: what is measured.
+
+    Raises:
+      ValueError: the metric is the same in both runs.
+    """
+    other = np.asarray(run_prefix(model, source, metric, windowed=False).metric)
+    whole = float(other.mean()) - found.info["unedited"]
+    if not abs(whole) > 1e-6:
+        raise ValueError(
+            f"cannot normalise: the metric is {found.info['unedited']:.6g} in both runs"
+        )
+    info = {**found.info, "source": float(other.mean())}
+    name = f"share of the difference in {found.info['metric']} between the runs"
+    return replace(found, name=name, values=found.values / whole, info=info)

@@ -2,7 +2,8 @@
 
 What lies below an edit's first layer, and before its first slot in a causal model, is that of
 the unedited run, which is computed once (`Prefix`). From there the streams of all edits go up
-the stack together, layer by layer (`jaxheads.sweep.plan`). The last block is run only at the
+the stack together, layer by layer (`jaxheads.sweep.plan`). Slots that all rows begin with are
+computed once for an edit that does the same in every row. The last block is run only at the
 slots the metric reads; elsewhere it gives keys and values alone. Nothing is approximated: a
 swept value differs from that of a whole forward pass by rounding only.
 
@@ -26,7 +27,7 @@ from jaxheads.model.batch import Batch
 from jaxheads.model.context import Tap
 from jaxheads.model.transformer import Transformer
 from jaxheads.sweep.metrics import Metric
-from jaxheads.sweep.plan import Shape, Wave, plan
+from jaxheads.sweep.plan import Shape, Wave, plan, worth_sharing
 from jaxheads.sweep.points import Points
 from jaxheads.sweep.step import Prefix, Step, Stream
 
@@ -281,7 +282,8 @@ def _waves(
     (device, *_) = jax.tree.leaves(model)[0].devices()
     slot = points.slot if model.config.causal else np.zeros_like(points.slot)
     if points.alike and model.config.causal:
-        slot = np.full_like(slot, common_slots(batch))
+        common = common_slots(batch)
+        slot = slot + common * worth_sharing(shape.rows, common, device.platform)
     return plan(points.layer, slot, shape, budget=budget, lanes=lanes, platform=device.platform)
 
 

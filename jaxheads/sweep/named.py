@@ -54,6 +54,11 @@ class NamedArray:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.values, dtype, copy=copy)
 
+    def __float__(self) -> float:
+        if self.axes:
+            raise TypeError(f"{self.name} has axes {', '.join(self.axes)}: it is not one number")
+        return float(self.values)
+
     def __getitem__(self, index: Any) -> Any:
         return self.values[index]
 
@@ -69,7 +74,7 @@ class NamedArray:
         kept = [i for i, part in enumerate(index) if isinstance(part, slice)]
         return NamedArray(
             self.name,
-            self.values[tuple(index)],
+            np.asarray(self.values[tuple(index)]),
             tuple(self.axes[i] for i in kept),
             tuple(self.labels[i] for i in kept),
             self.info,

@@ -23,10 +23,10 @@ def check_pair(clean: Batch, corrupted: Batch) -> None:
     differ = (np.asarray(clean.mask) != np.asarray(corrupted.mask)).any(axis=1)
     if differ.any():
         row = int(differ.argmax())
-        lengths = [int(np.asarray(batch.mask)[row].sum()) for batch in (clean, corrupted)]
+        one, other = (int(np.asarray(batch.mask)[row].sum()) for batch in (clean, corrupted))
+        found = f"has {one} and {other} tokens" if one != other else "is padded at different slots"
         raise ValueError(
-            f"clean and corrupted must be pairs of equal length, but row {row} has {lengths[0]} "
-            f"and {lengths[1]} tokens"
+            f"clean and corrupted must be pairs of equal length and padding, but row {row} {found}"
         )
 
 

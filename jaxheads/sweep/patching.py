@@ -16,18 +16,17 @@ from jaxheads.model.context import Edit
 from jaxheads.model.transformer import Transformer
 from jaxheads.names import choose
 from jaxheads.sites import SITES, axis_sizes, find_site
-from jaxheads.sweep.effects import effects
-from jaxheads.sweep.engine import Progress, run_prefix, silent
-from jaxheads.sweep.metrics import AnyMetric, Metric, as_metric
+from jaxheads.sweep.axes import AXES, Heads, check_axes, check_groups, group_names, only, only_heads
+from jaxheads.sweep.effects import effects, normalised_by
+from jaxheads.sweep.engine import Progress, silent
+from jaxheads.sweep.metrics import AnyMetric, as_metric
 from jaxheads.sweep.named import Label, NamedArray
 from jaxheads.sweep.pairs import check_pair, first_difference, values_at
 from jaxheads.sweep.plan import DEFAULT_BUDGET
 from jaxheads.sweep.points import Points
 
 Array = jax.Array
-Heads = Iterable[tuple[int, int]]
 DIRECTIONS = ("denoise", "noise")
-AXES = ("layer", "head", "position", "neurons")
 
 
 def patch(
@@ -87,7 +86,7 @@ def patch(
     choose("direction", direction, DIRECTIONS)
     spec = find_site(choose("site", site, [name for name, s in SITES.items() if s.stacked]))
     over = tuple(over)
-    _check_axes(over, spec.name)
+    check_axes(over, spec.name)
     check_pair(clean, corrupted)
     run, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     made = as_metric(model, run, metric)
@@ -96,14 +95,14 @@ def patch(
     if spec.head_axis:
         sizes["head"] = axis_sizes(config)[spec.head_axis]
     if "neurons" in over:
-        _check_groups(neuron_groups, axis_sizes(config)[spec.axes[-1]])
+        check_groups(neuron_groups, axis_sizes(config)[spec.axes[-1]])
     chosen = np.ones([sizes[axis] for axis in AXES if axis in over], bool)
     allowed = {"layer": layers, "position": positions}
-    for axis, only in allowed.items():
-        if only is not None:
-            chosen &= _only(axis, only, sizes, over)
+    for axis, indices in allowed.items():
+        if indices is not None:
+            chosen &= only(axis, indices, sizes, over)
     if heads is not None:
-        chosen &= _only_heads(heads, sizes, over)
+        chosen &= only_heads(heads, sizes, over)
     if not chosen.any():
         raise ValueError("nothing to patch: every layer, head or position is left out")
     index = dict(zip([axis for axis in AXES if axis in over], np.nonzero(chosen), strict=True))
@@ -120,7 +119,7 @@ def patch(
     )
     names: dict[str, tuple[Label, ...]] = {axis: tuple(range(sizes[axis])) for axis in over}
     if "neurons" in over:
-        names["neurons"] = _group_names(neuron_groups, axis_sizes(config)[spec.axes[-1]])
+        names["neurons"] = group_names(neuron_groups, axis_sizes(config)[spec.axes[-1]])
     present = [axis for axis in AXES if axis in over]
     flat = np.flatnonzero(chosen)
     found = effects(
@@ -129,7 +128,7 @@ def patch(
         unchanged=flat[same], site=spec.name, direction=direction,
     )  # fmt: skip
     if normalised:
-        found = _normalised(found, model, source, made)
+        found = normalised_by(found, model, source, made)
     order = [present.index(axis) for axis in over] + list(range(len(over), found.values.ndim))
     return replace(
         found,
@@ -137,19 +136,6 @@ def patch(
         axes=tuple(found.axes[i] for i in order),
         labels=tuple(found.labels[i] for i in order),
     )
-
-
-def _check_axes(over: Sequence[str], site: str) -> None:
-    """Raises ValueError for axes that a sweep of this site does not have."""
-    spec = find_site(site)
-    for axis in over:
-        choose("axis", axis, AXES)
-    if len(set(over)) != len(over) or "layer" not in over:
-        raise ValueError(f"over must name each axis once and 'layer' among them, got {over}")
-    if "head" in over and spec.head_axis is None:
-        raise ValueError(f"site {site!r} {spec.signature} has no axis 'head'")
-    if "neurons" in over and spec.axes[-1] not in ("F", "D"):
-        raise ValueError(f"site {site!r} {spec.signature} has no axis 'neurons'")
 
 
 @dataclass(frozen=True)
@@ -180,59 +166,3 @@ class _Patch:
             shape[place] = -1
             weight = weight * (index == at).reshape(shape)
         return {self.site: Mix(value, weight)}
-
-
-def _normalised(found: NamedArray, model: Transformer, source: Batch, metric: Metric) -> NamedArray:
-    other = np.asarray(run_prefix(model, source, metric, windowed=False).metric)
-    whole = float(other.mean()) - found.info["unedited"]
-    if not abs(whole) > 1e-6:
-        raise ValueError(
-            f"cannot normalise: the metric is {found.info['unedited']:.6g} in both runs"
-        )
-    info = {**found.info, "source": float(other.mean())}
-    name = f"share of the difference in {found.info['metric']} between the runs"
-    return replace(found, name=name, values=found.values / whole, info=info)
-
-
-def _only(
-    axis: str, only: Iterable[int], sizes: Mapping[str, int], over: Sequence[str]
-) -> np.ndarray:
-    """bool, broadcasting over the axes in use: True at the indices named."""
-    if axis not in over:
-        raise ValueError(f"{axis}s can be chosen only if {axis!r} is one of over={tuple(over)}")
-    mask = np.zeros(sizes[axis], bool)
-    for index in only:
-        if not 0 <= index < sizes[axis]:
-            raise ValueError(f"{axis} {index} is out of range 0..{sizes[axis] - 1}")
-        if mask[index]:
-            raise ValueError(f"{axis} {index} is named twice")
-        mask[index] = True
-    present = [name for name in AXES if name in over]
-    return mask.reshape([-1 if name == axis else 1 for name in present])
-
-
-def _only_heads(heads: Heads, sizes: Mapping[str, int], over: Sequence[str]) -> np.ndarray:
-    if "head" not in over:
-        raise ValueError(f"heads can be chosen only if 'head' is one of over={tuple(over)}")
-    mask = np.zeros((sizes["layer"], sizes["head"]), bool)
-    for layer, head in heads:
-        if not (0 <= layer < mask.shape[0] and 0 <= head < mask.shape[1]):
-            raise ValueError(
-                f"head {layer}.{head} is out of range: the site has layers 0..{mask.shape[0] - 1} "
-                f"and heads 0..{mask.shape[1] - 1}"
-            )
-        if mask[layer, head]:
-            raise ValueError(f"head {layer}.{head} is named twice")
-        mask[layer, head] = True
-    return mask.reshape(*mask.shape, *(1 for axis in AXES[2:] if axis in over))
-
-
-def _check_groups(groups: int, features: int) -> None:
-    if not 1 <= groups <= features:
-        raise ValueError(f"neuron_groups must lie in 1..{features}, got {groups}")
-
-
-def _group_names(groups: int, features: int) -> tuple[str, ...]:
-    member = np.arange(features) * groups // features
-    edges = [np.flatnonzero(member == group)[[0, -1]] for group in range(groups)]
-    return tuple(f"{low}-{high}" for low, high in edges)

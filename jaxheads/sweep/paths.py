@@ -26,12 +26,11 @@ from jaxheads.model.config import ModelConfig
 from jaxheads.model.context import Context, Edit
 from jaxheads.model.transformer import Transformer
 from jaxheads.names import choose
-from jaxheads.sweep.effects import effects
+from jaxheads.sweep.effects import effects, normalised_by
 from jaxheads.sweep.engine import Progress, shape_of, silent
 from jaxheads.sweep.metrics import AnyMetric, as_metric
 from jaxheads.sweep.named import Label, NamedArray
 from jaxheads.sweep.pairs import check_pair, first_difference
-from jaxheads.sweep.patching import _normalised
 from jaxheads.sweep.plan import DEFAULT_BUDGET
 from jaxheads.sweep.points import Points
 from jaxheads.sweep.receivers import LOGITS, Receiver, as_receivers, receiver_points
@@ -132,7 +131,7 @@ def path_patch(
         unchanged=np.flatnonzero(~reached), mlps=mlps,
         receivers=", ".join(map(str, chosen)) or LOGITS,
     )  # fmt: skip
-    return _normalised(found, model, corrupted, made) if normalised else found
+    return normalised_by(found, model, corrupted, made) if normalised else found
 
 
 def sender_points(

@@ -20,6 +20,8 @@ WINDOWS = 4
 """Most windows of one sweep: each costs compiling, and saves the slots before it."""
 MARGIN = {"cpu": 128, "gpu": 4096, "tpu": 4096}
 """What starting a chunk costs, in tokens of work: small chunks leave the device idle."""
+SMALLEST_CHUNK = 8
+"""Points among which common slots are shared at the least, for judging whether it pays."""
 DEFAULT_BUDGET = 2 * 2**30
 """Bytes."""
 
@@ -130,6 +132,11 @@ def plan(
         chosen = chosen[np.argsort(layer[chosen], kind="stable")]
         waves += _waves(chosen, layer, int(start), shape, budget // lanes, lanes, platform)
     return waves
+
+
+def worth_sharing(rows: int, slots: int, platform: str) -> bool:
+    """Whether computing so many common slots once saves more than the extra step costs."""
+    return (rows - 1) * slots * SMALLEST_CHUNK >= MARGIN.get(platform, MARGIN["gpu"])
 
 
 def _windows(slot: np.ndarray) -> np.ndarray:
