@@ -88,15 +88,25 @@ def copy_head(z: Tensor, hook: Any, *, position: int, head: int, clean: Tensor) 
 
 
 @torch.inference_mode()
-def ablate(peer: Peer, cells: list[list[int]]) -> Arrays:
+def ablate(peer: Peer, cells: list[list[int]], **settings: Any) -> Arrays:
     """The effect of setting one head at a time to zero: [N]."""
-    base = peer.metric(peer.bridge(peer.clean, **FAST))
+    base = peer.metric(peer.bridge(peer.clean, **settings))
     effects = []
     for layer, head in cells:
         hooks = [(site(layer), partial(zero_head, head=head))]
-        logits = peer.bridge.run_with_hooks(peer.clean, fwd_hooks=hooks, **FAST)
+        logits = peer.bridge.run_with_hooks(peer.clean, fwd_hooks=hooks, **settings)
         effects.append(float(peer.metric(logits) - base))
     return {"values": np.array(effects)}
+
+
+def documented_ablate(peer: Peer, cells: list[list[int]]) -> Arrays:
+    """The same as its documentation writes it: `run_with_hooks(tokens, fwd_hooks=...)`."""
+    return ablate(peer, cells)
+
+
+def fast_ablate(peer: Peer, cells: list[list[int]]) -> Arrays:
+    """The same with what its forward pass can leave out left out."""
+    return ablate(peer, cells, **FAST)
 
 
 @torch.inference_mode()
@@ -186,7 +196,7 @@ def forward_backward(peer: Peer) -> Arrays:
 
 @torch.inference_mode()
 def transformers_ablate(peer: Peer, cells: list[list[int]]) -> Arrays:
-    """`ablate` without TransformerLens: a pre-hook clears the head's slice of o_proj's input."""
+    """Ablation without TransformerLens: a pre-hook clears the head's slice of o_proj's input."""
     model = AutoModelForCausalLM.from_pretrained(
         peer.folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -208,7 +218,8 @@ def transformers_ablate(peer: Peer, cells: list[list[int]]) -> Arrays:
 TASKS: dict[str, Callable[..., Arrays]] = {
     task.__name__: task
     for task in (
-        ablate,
+        documented_ablate,
+        fast_ablate,
         patch,
         documented_patch,
         attribute,

@@ -13,6 +13,8 @@ from jaxheads.names import unknown
 COMMANDS: Mapping[str, str] = {
     "load": "Load a model, say what it is, and check it on a known text.",
     "heads": "Score every head: retrieval, induction, previous token, duplicate token.",
+    "sweep": "Change every head, one at a time, and measure what that does.",
+    "circuit": "Find the edges between heads that carry a behaviour.",
     "eval": "Measure a model on a task, with and without edits.",
     "generate": "Continue a prompt, with or without edits.",
     "train": "Find the heads a task needs and train offsets for them (LoFiT).",
