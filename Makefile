@@ -71,6 +71,7 @@ format: $(READY) ## Rewrite the sources in the project's format
 .PHONY: parity
 parity: $(PEERS_READY) ## Install torch; recompute every stored value, compare exports live
 	$(BIN)/python scripts/make_reference.py --check
+	$(BIN)/python scripts/make_ablation_reference.py --check
 	$(BIN)/python scripts/make_minilm_reference.py --check
 	$(BIN)/python scripts/make_family_reference.py --check
 	$(BIN)/python -m pytest -q -m peers
