@@ -21,7 +21,7 @@ from jaxheads.circuits.edge_attribution import (
 from jaxheads.circuits.edge_forward import Runner, masked_metric
 from jaxheads.circuits.faithfulness import faithfulness_curve, random_circuit
 from jaxheads.circuits.graph import Graph
-from jaxheads.circuits.search import acdc, cdt_search, heads_alone
+from jaxheads.circuits.search import acdc, cdt_search, heads_alone, heads_by_cdt
 from jaxheads.sweep.agreement import agreement
 from jaxheads.sweep.metrics import LogitDifference
 from jaxheads.tasks.ioi import ioi
@@ -367,6 +367,18 @@ def test_cdt_search_picks_level_by_level():
     assert asked[-1] == ((0, 0), (1, 1))
     assert found.removed == ((2, 0),)
     assert found.heads == ((2, 1), (0, 0), (1, 1), (0, 1)) and found.value == pytest.approx(1.9)
+
+
+def test_cdt_search_with_contextual_decomposition_finds_the_planted_heads():
+    model, pairs = planted.planted_model(), planted.planted_pairs()
+    metric = planted.planted_metric(pairs)
+    z = model(pairs.corrupted, taps="z").taps["z"]
+    relevance = heads_by_cdt(model, pairs.clean, pairs.answers[:, 0], pairs.wrong[:, 0], {"z": z})
+    assert relevance(()).shape == (model.config.n_layers, model.config.n_heads)
+    measure = heads_alone(model, pairs.clean, pairs.corrupted, metric)
+    found = cdt_search(relevance, measure, per_level=1)
+    assert found.levels == ((planted.INDUCTION,), (planted.PREVIOUS,))
+    assert set(found.heads) == {planted.INDUCTION, planted.PREVIOUS}
 
 
 def test_cdt_search_on_the_planted_model():

@@ -7,7 +7,7 @@ from jaxheads.circuits.edge_attribution import edge_attribution, edge_effects, n
 from jaxheads.circuits.edge_forward import Runner, masked_metric, run_writes
 from jaxheads.circuits.faithfulness import faithfulness_curve, random_circuit
 from jaxheads.circuits.graph import Graph
-from jaxheads.circuits.search import acdc, cdt_search, heads_alone
+from jaxheads.circuits.search import acdc, cdt_search, heads_alone, heads_by_cdt
 from jaxheads.circuits.successor import successor_scores
 from jaxheads.circuits.token_circuits import (
     copying_scores,
@@ -41,6 +41,7 @@ __all__ = [
     "faithfulness_curve",
     "head_nodes",
     "heads_alone",
+    "heads_by_cdt",
     "masked_metric",
     "node_scores",
     "ov_circuit",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
+from jaxheads.circuits.cdt import cdt_relevance, cdt_relevance_to
+from jaxheads.circuits.cdt_nodes import Node, head_nodes
 from jaxheads.circuits.circuit import Circuit
 from jaxheads.circuits.edge_forward import MASKS_AT_ONCE, Runner
 from jaxheads.circuits.graph import Graph
@@ -14,6 +17,7 @@ from jaxheads.model.batch import Batch
 from jaxheads.model.transformer import Transformer
 from jaxheads.sweep.metrics import Divergence, Metric
 
+Array = jax.Array
 Head = tuple[int, int]
 
 
@@ -133,7 +137,7 @@ def cdt_search(
 
     Args:
       relevance: maps targets to the relevance of every head, float [L,H]; targets are heads,
-        () for the logits. Heads that cannot reach a target count 0.
+        () for the logits; see `heads_by_cdt`. Heads that cannot reach a target count 0.
       measure: maps N sets of heads to how well each does alone, float [N], larger is better;
         see `heads_alone`.
       per_level: heads picked at each level.
@@ -225,3 +229,39 @@ def heads_alone(
         return run([graph.sending([*others, *(f"a{a}.{b}" for a, b in heads)]) for heads in sets])
 
     return measure
+
+
+def heads_by_cdt(
+    model: Transformer,
+    batch: Batch,
+    answers: Array | np.ndarray,
+    wrong: Array | np.ndarray,
+    means: Mapping[str, Array | np.ndarray],
+    *,
+    attention: str = "pattern",
+    chunk: int = 18,
+) -> Callable[[tuple[Head, ...]], np.ndarray]:
+    """Relevance by contextual decomposition, for `cdt_search`.
+
+    Sources are all heads, each at all positions. To the logits: the mean over rows of the
+    relevant part of logit(answer) - logit(wrong). To targets: the sum over targets of the
+    source's shares in their queries, keys and values.
+
+    Args are those of `cdt_relevance`, whose errors the function raises.
+    """
+    sources = head_nodes(model)
+    shape = (model.config.n_layers, model.config.n_heads)
+
+    def relevance(targets: tuple[Head, ...]) -> np.ndarray:
+        if not targets:
+            found = cdt_relevance(
+                model, batch, answers, wrong, sources, means, attention=attention, chunk=chunk
+            )
+        else:
+            nodes = [Node(site, layer, head) for layer, head in targets for site in "qkv"]
+            found = cdt_relevance_to(
+                model, batch, sources, nodes, means, attention=attention, chunk=chunk
+            ).sum(axis=1, keepdims=True)
+        return found.mean(axis=1).reshape(shape)
+
+    return relevance
