@@ -77,9 +77,10 @@ parity: $(PEERS_READY) ## Install torch; recompute every stored value, compare e
 	$(BIN)/python -m pytest -q -m peers
 
 .PHONY: benchmark
-benchmark: $(PEERS_READY) ## Install torch; time the forward pass and loading against it
+benchmark: $(PEERS_READY) ## Install the peers; time forward passes, loading and sweeps
 	$(BIN)/python benchmarks/forward.py
 	$(BIN)/python benchmarks/load.py
+	$(BIN)/python benchmarks/sweep.py
 
 .PHONY: notebooks
 notebooks: $(READY) ## Execute every notebook; the files stay as they are

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+# Two test processes on two cores: LAPACK's own threads would only wait for one another. It reads
+# this when numpy is first imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest
@@ -24,6 +29,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("peers"):
             item.add_marker(pytest.mark.skip(reason="needs torch: run `make parity` once"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_of_one_file() -> Iterator[None]:
+    """Forgets them after each file: each takes memory maps, of which a process may have 65,530,
+    and XLA crashes where there are no more. The cache on disk stays.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -27,6 +27,14 @@ from jaxheads.sweep.metrics import LogitDifference
 from jaxheads.tasks.ioi import ioi
 from jaxheads.tasks.pairs import encode_pairs
 
+
+@pytest.fixture(autouse=True)
+def compile_in_haste(request: pytest.FixtureRequest) -> None:
+    """All programs but those of the real model take longer to compile than to run."""
+    if "slow" not in request.keywords:
+        request.getfixturevalue("quickly_compiled")
+
+
 VARIANTS = {
     "plain": {},
     "parallel": {"parallel": True},

@@ -47,12 +47,9 @@ def batches() -> tuple[jh.Batch, jh.Batch]:
 def run(model: jh.Transformer, mesh: jax.sharding.Mesh | None) -> dict[str, list]:
     clean, corrupted = batches()
     metric = jh.LogitDifference.of(clean, [1, 2, 3, 4], [5, 6, 7, 8])
-    over = ("layer", "head", "position")
-    edits = [jh.mask_heads(CONFIG, [(layer, 1)]) for layer in range(3)]
     found = {
         "ablate": jh.ablate_heads(model, clean, metric, mesh=mesh, rows=True),
-        "patch": jh.patch(model, clean, corrupted, metric, over=over, mesh=mesh),
-        "sweep": jh.sweep(model, clean, metric, edits, mesh=mesh),
+        "patch": jh.patch(model, clean, corrupted, metric, mesh=mesh),
     }
     return {name: array.values.tolist() for name, array in found.items()}
 
