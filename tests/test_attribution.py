@@ -70,10 +70,10 @@ def gradient_at(model, batch, offset):
     ("site", "over"),
     [
         ("z", ("layer", "head")),
-        ("k", ("position", "layer", "head")),
-        ("pattern", ("head", "layer", "position")),
+        pytest.param(*("k", ("position", "layer", "head")), marks=pytest.mark.slow),
+        pytest.param(*("pattern", ("head", "layer", "position")), marks=pytest.mark.slow),
         ("resid_pre", ("layer", "position")),
-        ("mlp_out", ("layer",)),
+        pytest.param(*("mlp_out", ("layer",)), marks=pytest.mark.slow),
         ("neurons", ("neurons", "layer", "position")),
     ],
 )
@@ -142,6 +142,7 @@ def test_what_is_the_same_in_both_runs_gets_exactly_nothing():
     assert not found[:, :DIFFERENT].any() and found[:, DIFFERENT].all()
 
 
+@pytest.mark.slow
 def test_integrated_along_one_layer_the_parts_sum_to_the_exact_effect_of_the_layer():
     errors = []
     z = MODEL(CLEAN, taps="z").taps["z"]
@@ -181,6 +182,7 @@ def test_integrated_gradients_of_the_embedding_are_per_token():
     assert not found[-2:, 1].any() and np.abs(found[:7]).min() > 0
 
 
+@pytest.mark.slow
 def test_integrated_gradients_are_compared_with_each_part_alone():
     found = integrated_gradients(MODEL, CLEAN, METRIC, REMOVED, steps=8, exact=True)["z"]
     alone = ablate_heads(MODEL, CLEAN, METRIC)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import planted
 import pytest
-from tiny import tiny_model, tiny_tokens
+from tiny import mostly_slow, tiny_model, tiny_tokens
 
 from jaxheads import Batch
 from jaxheads.circuits.circuit import Circuit
@@ -138,7 +138,7 @@ def test_connected_keeps_only_paths():
 # Circuits as forward passes.
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, "rest"))
 def test_all_edges_are_the_model_and_none_the_corrupted_run(variant):
     run = runner(variant)
     none, every = run.ends()
@@ -193,7 +193,7 @@ def test_edges_that_cannot_exist_are_not_read():
 # Edge attribution.
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, "rest"))
 def test_eap_is_the_gradient_by_the_mask(variant):
     run = runner(variant)
     graph = Graph.of(run.model.config)
@@ -207,6 +207,7 @@ def test_eap_is_the_gradient_by_the_mask(variant):
     assert found.info["clean"] == pytest.approx(value_of(run.model, CLEAN), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_eap_ig_averages_over_embeddings():
     """Two steps: the mean of EAP at the clean run and at the run halfway between."""
     run = runner()

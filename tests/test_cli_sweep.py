@@ -222,6 +222,7 @@ def test_ablation_in_batches_is_that_of_all_prompts(
     assert found.info["how"] == "mean" and found.info["count"] == 3
 
 
+@pytest.mark.slow
 def test_patching_by_position_names_the_tokens(
     tiny: Path, own: Path, pair: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,6 +254,7 @@ def test_patching_by_position_names_the_tokens(
     assert ROWS[2]["corrupted"] in page
 
 
+@pytest.mark.slow
 def test_attribution_tells_its_error(
     tiny: Path, own: Path, pair: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -358,6 +360,7 @@ def test_shared_keys_are_drawn_to_each_head_that_reads_them() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_acdc_prunes(
     tiny: Path, own: Path, pair: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

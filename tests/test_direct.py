@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import planted
 import pytest
-from tiny import close, tiny_model, tiny_tokens
+from tiny import close, mostly_slow, tiny_model, tiny_tokens
 
 from jaxheads import Batch, Edits, Tap, tasks
 from jaxheads.edits import Mix
@@ -42,7 +42,7 @@ def difference() -> LogitDifference:
     return LogitDifference.of(batches()[0], answers, wrong)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, *list(VARIANTS)[:2]))
 def test_direct_effects_sum_to_the_logit_difference(variant):
     model, metric = tiny_model(**VARIANTS[variant]), difference()
     found = direct_effects(model, batches()[0], metric, rows=True)
@@ -136,7 +136,7 @@ def _values(model, how):
     return model(clean, taps={"v": Tap("v", uniform)}).taps["v"]
 
 
-@pytest.mark.parametrize("how", ["zero", "mean", "resample", "uniform"])
+@pytest.mark.parametrize("how", mostly_slow(["zero", "mean", "resample", "uniform"], "zero"))
 def test_direct_effects_of_removal_equal_frozen_forward_passes(how):
     model, metric = tiny_model(), difference()
     clean, other = batches()
@@ -189,6 +189,7 @@ def test_the_planted_effects_are_direct_and_indirect():
     assert np.abs(found.values[:, others]).max() < 0.02 * whole
 
 
+@pytest.mark.slow
 def test_heads_left_out_are_not_measured():
     found = effect_split(tiny_model(), batches()[0], difference(), heads=[(1, 2)])
     assert np.isfinite(found.values[:, 1, 2]).all()

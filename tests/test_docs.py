@@ -71,7 +71,18 @@ def run_page(page: Path, namespace: dict[str, Any]) -> None:
             assert [line for line in told if line in said] == [line.rstrip() for line in said], told
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=name_of)
+SLOW_PAGES = ("attribution.md", "paths.md", "weights.md")
+"""Pages whose code runs for more than a few seconds."""
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] * (page.name in SLOW_PAGES))
+        for page in PAGES
+        if python_blocks(page)
+    ],
+)
 def test_code_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:

@@ -83,7 +83,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("receivers", "senders", "mlps", "positions"), CASES)
+def _some_slow(cases):
+    return [*cases[:2], *(pytest.param(*case, marks=pytest.mark.slow) for case in cases[2:])]
+
+
+@pytest.mark.parametrize(("receivers", "senders", "mlps", "positions"), _some_slow(CASES))
 def test_path_patching_equals_its_definition(receivers, senders, mlps, positions):
     model = tiny_model()
     names = receivers.split()
@@ -99,6 +103,7 @@ def test_path_patching_equals_its_definition(receivers, senders, mlps, positions
     close(found.values, expected.reshape(found.shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("receivers", ["logits", "2.3.q"])
 def test_paths_in_a_model_that_sees_both_ways(receivers):
     model = tiny_model(causal=False)
@@ -108,6 +113,7 @@ def test_paths_in_a_model_that_sees_both_ways(receivers):
     close(found.values[1], expected)
 
 
+@pytest.mark.slow
 def test_chunks_and_waves_do_not_matter():
     """The smallest budgets cut the senders into many parts."""
     options = {"receivers": ["1.0.q", "2.1.v"], "senders": "both"}
@@ -117,6 +123,7 @@ def test_chunks_and_waves_do_not_matter():
     assert not np.array_equal(whole.values, np.zeros_like(whole.values))
 
 
+@pytest.mark.slow
 def test_what_cannot_reach_a_receiver_scores_zero():
     """Exactly: it is not computed."""
     found = path_patch(tiny_model(), *pair(), metric(), "1.0.q", senders="both")

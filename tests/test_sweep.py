@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_model
+from tiny import mostly_slow, tiny_model
 
 import jaxheads as jh
 from jaxheads.sweep import engine, plan
@@ -58,7 +58,7 @@ HEADS = [(layer, head) for layer in range(3) for head in range(6)]
 
 
 @pytest.mark.parametrize("how", ["zero", "mean", "resample", "uniform"])
-@pytest.mark.parametrize("kind", ["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("kind", mostly_slow(["mha", "gqa", "mqa"], "gqa"))
 def test_ablating_heads_equals_whole_forward_passes(kind, how):
     if kind != "gqa" and how in ("mean", "resample"):
         pytest.skip("does not depend on the number of key/value heads")
@@ -77,7 +77,7 @@ def test_ablating_heads_equals_whole_forward_passes(kind, how):
     assert np.abs(expected).max() > 0.1
 
 
-@pytest.mark.parametrize("how", ["zero", "mean", "uniform"])
+@pytest.mark.parametrize("how", mostly_slow(["zero", "mean", "uniform"], "zero"))
 def test_slots_that_all_rows_begin_with_are_computed_once(how):
     model = tiny_model(windows=(0, 3, 0))
     tokens = np.asarray(CLEAN.tokens).copy()
@@ -102,7 +102,7 @@ METRICS = {
 }
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", mostly_slow(METRICS, "divergence", "function"))
 def test_every_metric_is_that_of_whole_forward_passes(name):
     model = tiny_model()
     metric = METRICS[name] if name == "difference" else METRICS[name](model)
@@ -124,8 +124,8 @@ PATCHES = {
 }
 
 
-@pytest.mark.parametrize("direction", ["noise", "denoise"])
-@pytest.mark.parametrize("site", PATCHES)
+@pytest.mark.parametrize("direction", mostly_slow(["noise", "denoise"], "noise"))
+@pytest.mark.parametrize("site", mostly_slow(PATCHES, "z", "neurons"))
 def test_patching_equals_whole_forward_passes(site, direction):
     model, over = tiny_model(windows=(0, 3, 0)), PATCHES[site]
     if direction == "denoise" and site not in ("z", "resid_pre"):
@@ -169,6 +169,7 @@ def test_normalised_patching_of_everything_gives_the_other_run():
     )
 
 
+@pytest.mark.slow
 def test_right_padding_gives_what_left_padding_gives():
     model = tiny_model()
     clean, corrupted = pair("right")
@@ -211,6 +212,7 @@ def test_any_stack_of_edits():
     np.testing.assert_allclose(found.values, changes(model, CLEAN, METRIC, embedded), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_edits_restricted_to_tokens_and_projections_sweep_too():
     model = tiny_model()
     tokens = np.zeros((3, 12), bool)
@@ -240,7 +242,10 @@ def test_a_sweep_over_layers_starts_where_the_edits_do(monkeypatch):
     assert list(wave.steps) == [(2, 0, 6)]
 
 
-@pytest.mark.parametrize("family", ["bidirectional", "post", "parallel", "learned positions"])
+OTHER_BLOCKS = ("bidirectional", "post", "parallel", "learned positions")
+
+
+@pytest.mark.parametrize("family", mostly_slow(OTHER_BLOCKS, "bidirectional"))
 def test_other_blocks(family):
     fields = {
         "bidirectional": {"causal": False, "head": "mlm"},

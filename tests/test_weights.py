@@ -43,7 +43,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def variants(test: Any) -> Any:
     """Runs a test on every variant. Each is a program of its own: they compile, hardly run."""
     test = pytest.mark.usefixtures("quickly_compiled")(test)
-    return pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)(test)
+    marked = [
+        pytest.param(fields, id=name, marks=[pytest.mark.slow] * (place > 1))
+        for place, (name, fields) in enumerate(VARIANTS.items())
+    ]
+    return pytest.mark.parametrize("fields", marked)(test)
 
 
 def dense_norm(model: Transformer, scale: Any) -> np.ndarray:

@@ -1,10 +1,12 @@
 """Small random models with odd shapes, shared by the tests."""
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from jaxheads import ModelConfig, Transformer
 
@@ -49,3 +51,8 @@ def close(actual, expected, tolerance: float = TOLERANCE) -> None:
     actual, expected = np.asarray(actual), np.asarray(expected)
     scale = max(1.0, float(np.abs(expected).max(initial=0)))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+def mostly_slow(cases: Iterable[Any], *fast: Any) -> list[Any]:
+    """Cases for `parametrize` of which only the fast ones run without `make test-slow`."""
+    return [c if c in fast else pytest.param(c, marks=pytest.mark.slow) for c in cases]
