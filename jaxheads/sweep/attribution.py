@@ -34,7 +34,7 @@ from jaxheads.sweep.agreement import agreement
 from jaxheads.sweep.axes import only
 from jaxheads.sweep.effects import effects
 from jaxheads.sweep.engine import silent
-from jaxheads.sweep.metrics import AnyMetric, Metric, Rank, as_metric, name_of
+from jaxheads.sweep.metrics import AnyMetric, Metric, Rank, as_metric, name_of, read_tokens
 from jaxheads.sweep.named import NamedArray
 from jaxheads.sweep.pairs import check_pair
 from jaxheads.sweep.patching import DIRECTIONS, patch
@@ -48,7 +48,6 @@ from jaxheads.sweep.strength import (
     attribute,
     measure,
     one_by_one,
-    read_tokens,
 )
 from jaxheads.sweep.sweep import ablate_heads
 

@@ -27,7 +27,8 @@ from jaxheads.sweep.effects import effects
 from jaxheads.sweep.engine import Progress, shape_of, silent
 from jaxheads.sweep.metrics import AnyMetric, LogitDifference, as_metric, name_of
 from jaxheads.sweep.named import Label, NamedArray
-from jaxheads.sweep.paths import sender_points, tapped
+from jaxheads.sweep.pairs import values_at
+from jaxheads.sweep.paths import sender_points
 from jaxheads.sweep.plan import DEFAULT_BUDGET
 from jaxheads.sweep.sweep import ablate_heads
 from jaxheads.taps import mean_activation
@@ -246,7 +247,7 @@ def _removed(
     if how == "mean":
         return jnp.asarray(means)[:, None, None]
     if source is not None:
-        return tapped(model, source, "z")["z"]
+        return values_at(model, source, "z")["z"]
     nothing = jnp.zeros((np.shape(batch.tokens)[0], 0), jnp.int32)
     return model(batch, taps={"v": Tap("v", _uniform_z)}, logits_at=nothing).taps["v"]
 

@@ -26,7 +26,7 @@ from jax import lax
 from jaxheads.model.batch import Batch
 from jaxheads.model.context import Tap
 from jaxheads.model.transformer import Transformer
-from jaxheads.sweep.metrics import Metric
+from jaxheads.sweep.metrics import Metric, read_tokens
 from jaxheads.sweep.plan import Shape, Wave, plan, worth_sharing
 from jaxheads.sweep.points import Points
 from jaxheads.sweep.step import Prefix, Step, Stream
@@ -45,11 +45,9 @@ def run_prefix(model: Transformer, batch: Batch, metric: Metric, *, windowed: bo
     taps = ("resid_pre", "k", "v") if windowed else ("resid_pre",)
     slots = jnp.asarray(metric.slots)
     out = model(batch, taps=taps, logits_at=slots)
-    logits = out.logits
-    if metric.tokens is not None:
-        logits = jnp.take_along_axis(logits, jnp.asarray(metric.tokens)[:, None], axis=2)
     k, v = (out.taps["k"], out.taps["v"]) if windowed else (None, None)
-    return Prefix(jnp.asarray(batch.mask), out.taps["resid_pre"], k, v, metric(logits))
+    measured = metric(read_tokens(out.logits, metric))
+    return Prefix(jnp.asarray(batch.mask), out.taps["resid_pre"], k, v, measured)
 
 
 def shape_of(model: Transformer, batch: Batch, metric: Metric) -> Shape:

@@ -289,6 +289,13 @@ def as_metric(model: Transformer, batch: Batch, metric: AnyMetric) -> Metric:
     return made
 
 
+def read_tokens(logits: Array, metric: Metric) -> Array:
+    """Of logits [B,N,V] those that the metric reads."""
+    if metric.tokens is None:
+        return logits
+    return jnp.take_along_axis(logits, jnp.asarray(metric.tokens)[:, None], axis=2)
+
+
 def name_of(metric: Any) -> str:
     """How errors and results name a metric."""
     metric = metric.function if isinstance(metric, OfLogits) else metric

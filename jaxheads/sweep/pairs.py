@@ -38,7 +38,7 @@ def first_difference(one: Batch, other: Batch, causal: bool) -> int:
     return int(differ.any(axis=0).argmax()) if causal else 0
 
 
-def values_at(model: Transformer, batch: Batch, site: str) -> Array:
-    """The values of a site [L,B,T,...] in the unedited run."""
+def values_at(model: Transformer, batch: Batch, *sites: str) -> dict[str, Array]:
+    """The values of sites of the stack in the unedited run, each [L,B,T,...]."""
     nothing = jnp.zeros((np.shape(batch.tokens)[0], 0), jnp.int32)
-    return model(batch, taps=site, logits_at=nothing).taps[site]
+    return model(batch, taps=sites, logits_at=nothing).taps

@@ -114,7 +114,7 @@ def patch(
         index["layer"][~same].astype(np.int32),
         slot[~same].astype(np.int32),
         {axis: at[~same].astype(np.int32) for axis, at in index.items()},
-        values_at(model, source, spec.name),
+        values_at(model, source, spec.name)[spec.name],
         entering=build,
     )
     names: dict[str, tuple[Label, ...]] = {axis: tuple(range(sizes[axis])) for axis in over}

@@ -30,7 +30,7 @@ from jaxheads.sweep.effects import effects, normalised_by
 from jaxheads.sweep.engine import Progress, shape_of, silent
 from jaxheads.sweep.metrics import AnyMetric, as_metric
 from jaxheads.sweep.named import Label, NamedArray
-from jaxheads.sweep.pairs import check_pair, first_difference
+from jaxheads.sweep.pairs import check_pair, first_difference, values_at
 from jaxheads.sweep.plan import DEFAULT_BUDGET
 from jaxheads.sweep.points import Points
 from jaxheads.sweep.receivers import LOGITS, Receiver, as_receivers, receiver_points
@@ -155,7 +155,7 @@ def sender_points(
         of them may be left out.
       frozen: whether MLPs too keep their values of the batch.
     """
-    kept = tapped(model, batch, "attn_out", *(("mlp_out",) if frozen else ()))
+    kept = values_at(model, batch, "attn_out", *(("mlp_out",) if frozen else ()))
     return Points(
         layer,
         np.full(len(layer), slot, np.int32),
@@ -164,12 +164,6 @@ def sender_points(
         entering=_send,
         later=_freeze,
     )
-
-
-def tapped(model: Transformer, batch: Batch, *sites: str) -> dict[str, Array]:
-    """Values of the sites of the stack in the unedited run, each [L,B,T,...]."""
-    nothing = jnp.zeros((np.shape(batch.tokens)[0], 0), jnp.int32)
-    return model(batch, taps=sites, logits_at=nothing).taps
 
 
 # Builders of edits: (arguments of a point, values shared in the layer, layer, first slot of the
@@ -222,10 +216,10 @@ def _sent(
     slots: Iterable[int],
 ) -> dict[str, Array]:
     """Corrupted values at some slots, clean ones at others."""
-    other = tapped(model, corrupted, *sites)
+    other = values_at(model, corrupted, *sites)
     if not some:
         return other
-    own = tapped(model, clean, *sites)
+    own = values_at(model, clean, *sites)
     at = np.isin(np.arange(np.shape(clean.tokens)[1]), list(slots))
     axes = {site: (1, 1, -1) + (1,) * (own[site].ndim - 3) for site in sites}
     return {site: jnp.where(at.reshape(axes[site]), other[site], own[site]) for site in sites}

@@ -17,7 +17,7 @@ from jax import lax
 from jaxheads.model.cache import KVCache
 from jaxheads.model.context import Context, Edit, Tap
 from jaxheads.model.transformer import Transformer, read_at
-from jaxheads.sweep.metrics import Metric
+from jaxheads.sweep.metrics import Metric, read_tokens
 from jaxheads.sweep.points import Points
 
 Array = jax.Array
@@ -172,6 +172,4 @@ class Step:
         if tokens is not None and "logits" not in edits:
             return metric(self.model.logits_of(x, tokens))
         logits, _ = context.visit("logits", self.model.logits_of(x))
-        if tokens is not None:
-            logits = jnp.take_along_axis(logits, tokens[:, None], axis=2)
-        return metric(logits)
+        return metric(read_tokens(logits, metric))

@@ -21,7 +21,7 @@ from jaxheads.model.transformer import Transformer
 from jaxheads.names import choose
 from jaxheads.sites import axis_sizes, find_site
 from jaxheads.sweep.axes import check_axes, check_groups, group_names
-from jaxheads.sweep.metrics import Metric, name_of
+from jaxheads.sweep.metrics import Metric, name_of, read_tokens
 from jaxheads.sweep.named import Label, NamedArray
 from jaxheads.sweep.nans import refuse_nans
 from jaxheads.sweep.points import Points
@@ -195,13 +195,6 @@ def measure(model: Transformer, batch: Batch, metric: Metric, edits: Edits) -> A
     """The metric of an edited run: float32 [B]."""
     logits = model(batch, edits=edits, logits_at=jnp.asarray(metric.slots)).logits
     return metric(read_tokens(logits, metric))
-
-
-def read_tokens(logits: Array, metric: Metric) -> Array:
-    """Of logits [B,N,V] those that the metric reads."""
-    if metric.tokens is None:
-        return logits
-    return jnp.take_along_axis(logits, jnp.asarray(metric.tokens)[:, None], axis=2)
 
 
 def at_start(config: ModelConfig) -> Path:

@@ -168,7 +168,7 @@ def ablate_heads(
     elif source is not None:
         check_pair(batch, source)
         first = first_difference(batch, source, config.causal)
-        shared = values_at(model, source, "z")
+        shared = values_at(model, source, "z")["z"]
     else:
         shared = None
     build: Any = {
