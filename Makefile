@@ -62,6 +62,7 @@ lint: $(READY) ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy jaxheads
+	$(BIN)/shellcheck -x launch/*.sh
 
 .PHONY: format
 format: $(READY) ## Rewrite the sources in the project's format
@@ -77,10 +78,11 @@ parity: $(PEERS_READY) ## Install torch; recompute every stored value, compare e
 	$(BIN)/python -m pytest -q -m peers
 
 .PHONY: benchmark
-benchmark: $(PEERS_READY) ## Install the peers; time forward passes, loading and sweeps
+benchmark: $(PEERS_READY) ## Install the peers; time forward passes, loading, sweeps and training
 	$(BIN)/python benchmarks/forward.py
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/train.py
 
 .PHONY: notebooks
 notebooks: $(READY) ## Execute every notebook; the files stay as they are

@@ -53,41 +53,15 @@ def time_load(name_or_path: str, threads: int) -> dict[str, float]:
 
 
 def time_compile(checkpoint: str, threads: int) -> dict[str, float]:
-    """Seconds to compile the forward pass, and for the first and later steps of LoFiT."""
+    """Seconds to compile the forward pass."""
     use_threads(threads)
     import jax
 
     import jaxheads as jh
-    from jaxheads import tasks
-    from jaxheads.methods import lofit
 
-    model, tokenizer = jh.load(checkpoint)
+    model, _ = jh.load(checkpoint)
     lowered = jax.jit(lambda model, tokens: model(tokens).logits).lower(model, random_tokens())
-    found = {"forward_compile": timed(lowered.compile)[0]}
-
-    batch = tasks.encode(tasks.counterfactual_capitals(8, seed=0), tokenizer).batch
-    steps = 4
-    settings = lofit.Lofit(
-        importance=lofit.Importance(steps=steps), offsets=lofit.Offsets(steps=steps)
-    )
-    times: list[float] = []
-
-    def on_step(step: int, metrics: dict[str, float]) -> None:
-        times.append(time.perf_counter())
-
-    def record(stage: str, start: float) -> None:
-        found[f"lofit_{stage}_first_step"] = times[0] - start
-        found[f"lofit_{stage}_later_step"] = statistics.median(np.diff(times).tolist())
-        times.clear()
-
-    start = time.perf_counter()
-    importance = lofit.find_heads(model, batch, settings, on_step=on_step)
-    record("importance", start)
-    heads = lofit.head_sets(importance, settings.offsets.heads, 0, 0)["chosen"]
-    start = time.perf_counter()
-    lofit.train_offsets(model, batch, heads, settings, on_step=on_step)
-    record("offsets", start)
-    return found
+    return {"forward": timed(lowered.compile)[0]}
 
 
 def time_forward(checkpoint: str, exported: str, repeats: int, threads: int) -> dict[str, Any]:
@@ -210,7 +184,7 @@ def show(found: dict[str, Any]) -> None:
     )
     table = Table("start", "", "MB at the peak", "MB of weights")
     for name, seconds in found["compile"].items():
-        table.add_row(name.replace("_", " "), f"{seconds:.1f} s", "", "")
+        table.add_row(f"compile {name}", f"{seconds:.1f} s", "", "")
     for name in ("load_gguf", "load_native"):
         load = found[name]
         sizes = (f"+ {load['peak_mb']:.0f}", f"{load['parameters_mb']:.0f}")

@@ -75,12 +75,14 @@ def test_without_edits(reference: Arrays, unedited: np.ndarray) -> None:
     np.testing.assert_allclose(unedited, reference["unedited"], atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 def test_without_each_head(swept: np.ndarray, reference: Arrays) -> None:
     expected = reference["ablated"] - reference["unedited"]
     assert swept.shape == expected.shape == (30, 9, 8)
     np.testing.assert_allclose(swept, expected, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 def test_23_3_is_what_the_task_needs_most(swept: np.ndarray, unedited: np.ndarray) -> None:
     """Without it the mean logit difference falls from 4.45 to 1.76.
 

@@ -31,12 +31,12 @@ def test_the_demonstration(tmp_path):
     chosen = masking.pop("chosen") - clean
     assert len(masking) == 5 and all(chosen >= 5 * (loss - clean) for loss in masking.values())
 
-    tuned = {name: row["loss"] for name, row in results["lofit"]["held_out"].items()}
-    frozen, trained = tuned.pop("frozen"), tuned.pop("chosen")
+    tuned = {name: row["held_out"]["loss"] for name, row in results["lofit"]["variants"].items()}
+    frozen, trained = tuned.pop("frozen"), tuned.pop("lofit")
     assert len(tuned) == 5 and trained < min(tuned.values()) < frozen
 
     for gap in results["agreement"].values():
         assert gap < 1e-4 * results["logit_scale"]
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") >= 5 and "http-equiv" not in page and "<script src" not in page
+    assert page.count("<svg") >= 5 and "default-src 'none'" in page and "<script" not in page

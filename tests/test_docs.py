@@ -71,7 +71,10 @@ def run_page(page: Path, namespace: dict[str, Any]) -> None:
             assert [line for line in told if line in said] == [line.rstrip() for line in said], told
 
 
-SLOW_PAGES = ("attribution.md", "paths.md", "weights.md")
+SLOW_PAGES = (
+    "attribution.md", "circuits.md", "methods.md", "paths.md", "sweeps.md", "training.md",
+    "weights.md",
+)  # fmt: skip
 """Pages whose code runs for more than a few seconds."""
 
 

@@ -352,7 +352,7 @@ def test_tokens_may_be_a_nested_list():
 
 def test_a_mask_given_twice_is_refused():
     batch = padded("left")
-    with pytest.raises(ValueError, match="mask must not be given twice"):
+    with pytest.raises(ValueError, match="mask and segments must not be given twice"):
         tiny_model()(batch, batch.mask)
 
 

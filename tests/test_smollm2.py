@@ -15,12 +15,14 @@ import pytest
 import jaxheads as jh
 from jaxheads import tasks
 from jaxheads.methods import lofit
+from jaxheads.methods.method import TaskData
 from jaxheads.methods.retrieval_heads import (
     masking_experiment,
     random_heads,
     retrieval_scores,
     top_heads,
 )
+from jaxheads.train import Fit, Job, Optimizer
 
 INDUCTION = {(18, 6): 0.91, (17, 3): 0.79, (17, 4): 0.74, (18, 7): 0.62, (17, 5): 0.58}
 RETRIEVAL = [(18, 6), (17, 3), (17, 4), (23, 2), (18, 7), (23, 7), (17, 5), (20, 6), (24, 4),
@@ -196,13 +198,12 @@ def test_lofit_learns_with_a_frozen_model_and_folds(smollm2):
     before = jax.tree.map(np.array, model.params)
     batch = tasks.encode(tasks.counterfactual_capitals(6, seed=0), tokenizer).batch
     heads = [(18, 6), (20, 6), (23, 3), (24, 4)]
-    settings = lofit.Lofit(
-        batch_size=6, offsets=lofit.Offsets(steps=4, learning_rate=0.05, heads=len(heads))
-    )
+    fit = Fit(steps=4, batch_size=6, optimizer=Optimizer(learning_rate=0.05, schedule="linear"))
     losses = []
-    edits = lofit.train_offsets(
-        model, batch, heads, settings, on_step=lambda _, metrics: losses.append(metrics["loss"])
-    )
+    job = Job(on_step=lambda report: losses.append(report.metrics["loss"]))
+    data = TaskData((), (), batch, batch)
+    tuned = lofit.Lofit(offsets=fit).tune(job, "offsets", model, data, heads)
+    edits = tuned.edits
     # Each step sees all examples, so their losses are comparable.
     assert len(losses) == 4
     assert losses[-1] < losses[0] - 0.1

@@ -11,6 +11,7 @@ import tyro
 from jaxheads.cli.terminal import progress_bar
 
 if TYPE_CHECKING:
+    from jaxheads.convert.place import Placement
     from jaxheads.edits import Edits
     from jaxheads.model import ModelConfig, Transformer
     from jaxheads.model.models import Model as AnyModel
@@ -30,15 +31,17 @@ def parse(command: Any, name: str, argv: list[str]) -> Any:
     )
 
 
-def load_model(name: str, dtype: str | None = None) -> tuple[Transformer, Tokenizer]:
-    """Loads a causal language model with a progress bar.
+def load_model(
+    name: str, dtype: str | None = None, placement: Placement | None = None
+) -> tuple[Transformer, Tokenizer]:
+    """Loads a causal language model with a progress bar, divided over devices if told how.
 
     Raises:
       ValueError: as `jaxheads.load`, and a model of another kind; the message names it.
     """
     from jaxheads.convert.kinds import is_causal_lm, kind_name
 
-    model, tokenizer = load_any(name, dtype)
+    model, tokenizer = load_any(name, dtype, placement)
     if not is_causal_lm(model):
         raise ValueError(
             f"{name} is a {kind_name(model.config)}, but this command needs a causal language "
@@ -49,7 +52,9 @@ def load_model(name: str, dtype: str | None = None) -> tuple[Transformer, Tokeni
     return model, tokenizer
 
 
-def load_any(name: str, dtype: str | None = None) -> tuple[AnyModel, Tokenizer | None]:
+def load_any(
+    name: str, dtype: str | None = None, placement: Placement | None = None
+) -> tuple[AnyModel, Tokenizer | None]:
     """Loads a model of any kind with a progress bar, and its tokenizer if it has one.
 
     Raises:
@@ -68,8 +73,8 @@ def load_any(name: str, dtype: str | None = None) -> tuple[AnyModel, Tokenizer |
             progress.update(task, completed=done, total=total)
 
         if bare:
-            return load_weights(path, dtype=dtype, on_progress=show), None
-        return load_both(path, dtype=dtype, on_progress=show)
+            return load_weights(path, dtype=dtype, place=placement, on_progress=show), None
+        return load_both(path, dtype=dtype, place=placement, on_progress=show)
 
 
 def parse_heads(text: str) -> list[tuple[int, int]]:

@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
 def report(
     workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")],
 ) -> None:
-    """Write WORKDIR/report.html: curves, chosen heads, held-out results, settings.
+    """Write WORKDIR/report.html: held-out results, heads, curves, settings.
 
     Example: jaxheads report runs/lofit
 
@@ -31,8 +31,8 @@ def report(
     if not (workdir / "config.json").is_file():
         raise FileNotFoundError(f"{workdir} holds no training run: it has no config.json")
     from jaxheads.report import write
-    from jaxheads.report.lofit import lofit_page
+    from jaxheads.report.run import run_page
 
     path = workdir / "report.html"
-    write(lofit_page(workdir), path)
+    write(run_page(workdir), path)
     say(f"report in {path}")

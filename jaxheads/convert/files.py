@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 
 @contextlib.contextmanager
@@ -15,7 +19,8 @@ def fresh_directory(target: str | os.PathLike[str], *, overwrite: bool = False) 
     """A temporary directory that becomes `target` when the block ends well.
 
     It stands next to the target, so that the last step is one rename. If the block
-    fails, it is removed and the target is as it was.
+    fails, it is removed and the target is as it was. Of several processes all enter and
+    leave together, in the same directory, which the first makes and renames.
 
     Args:
       target: the directory to write; its parents are created.
@@ -33,18 +38,39 @@ def fresh_directory(target: str | os.PathLike[str], *, overwrite: bool = False) 
         raise ValueError(f"{target} is a file, expected a directory to write to")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise ValueError(f"{target} exists and is not empty; choose another directory or empty it")
+    temporary = target.with_name(f".{target.name}.{_number():08x}")
+    first = jax.process_index() == 0
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-        temporary.mkdir()
+        if first:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
     except OSError as error:
         raise ValueError(f"cannot write to {target.parent}: {error.strerror}") from error
+    _meet(f"made {temporary.name}")
     try:
         yield temporary
-        old = temporary.with_name(temporary.name + ".old")
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        _meet(f"wrote {temporary.name}")
+        if first:
+            old = temporary.with_name(temporary.name + ".old")
+            if target.exists():
+                target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        _meet(f"renamed {temporary.name}")
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _number() -> int:
+    """A random number, the same in all processes."""
+    number = secrets.randbits(31)
+    if jax.process_count() > 1:
+        number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    return number
+
+
+def _meet(where: str) -> None:
+    """Waits for the other processes, if there are any."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)

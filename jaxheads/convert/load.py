@@ -19,7 +19,7 @@ from jaxheads.convert.readers import Reader
 from jaxheads.convert.registry import NAMED_MODELS
 from jaxheads.convert.safetensors_files import SafetensorsReader
 from jaxheads.convert.schema import read_config
-from jaxheads.model.config import DTYPES
+from jaxheads.model.config import DTYPES, ModelConfig
 from jaxheads.model.models import Model, build
 from jaxheads.model.parameters import check_parameters, flatten, nest, parameter_table
 from jaxheads.names import choose, unknown
@@ -34,6 +34,7 @@ def load(
     dtype: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     rules: Mapping[str, str] = DEFAULT_RULES,
+    place: Placement | None = None,
     revision: str | None = None,
     on_progress: Progress | None = None,
 ) -> tuple[Any, Tokenizer]:
@@ -52,6 +53,7 @@ def load(
       mesh: devices to shard the parameters over, with axes of type Auto; None puts all of
         them on JAX's default device.
       rules: axis of a parameter -> axis of the mesh, see `place.by_axes`.
+      place: where each parameter goes, instead of mesh and rules; training jobs give it.
       revision: branch, tag or commit of a model of the hub.
       on_progress: called as (tensors done, tensors in all, name) while weights of other
         formats are read.
@@ -68,7 +70,7 @@ def load(
     """
     from jaxheads.text import Tokenizer
 
-    sharding = _sharding(mesh, rules)
+    sharding = _sharding(mesh, rules, place)
     path, kind = find_model(name_or_path, dtype, revision)
     # The tokenizer first: it fails soonest, and its scratch memory is free again
     # before the weights come.
@@ -88,13 +90,44 @@ def load_model(
     dtype: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     rules: Mapping[str, str] = DEFAULT_RULES,
+    place: Placement | None = None,
     revision: str | None = None,
     on_progress: Progress | None = None,
 ) -> Any:
     """Loads a model without its tokenizer; arguments and errors as in `load`."""
-    sharding = _sharding(mesh, rules)
+    sharding = _sharding(mesh, rules, place)
     path, kind = find_model(name_or_path, dtype, revision)
     return _load(path, kind, dtype, on_progress, sharding)
+
+
+def load_config(
+    name_or_path: str | os.PathLike[str], dtype: str | None = None, revision: str | None = None
+) -> tuple[ModelConfig, Tokenizer]:
+    """The config and the tokenizer of a causal language model, without its weights.
+
+    Raises:
+      ValueError: as `load`, and for a model of another kind.
+    """
+    from jaxheads.convert.kinds import kind_name
+    from jaxheads.text import Tokenizer
+
+    path, kind = find_model(name_or_path, dtype, revision)
+    config: Any
+    if kind == "gguf":
+        with GGUFFile(path) as gguf:
+            tokenizer = Tokenizer.from_gguf(gguf.backend)
+            config = read_config(find_format(kind, gguf).schema, gguf, dtype or "float32")
+    else:
+        tokenizer = Tokenizer.from_file(path)
+        if kind == "native":
+            config = read_description(path)
+            config = config if dtype is None else config.replace(dtype=dtype)
+        else:
+            with SafetensorsReader(path) as files:
+                config = read_config(find_format(kind, files).schema, files, dtype or "float32")
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"{name_or_path} is a {kind_name(config)}, not a causal language model")
+    return config, tokenizer
 
 
 def _load(
@@ -135,7 +168,7 @@ def _restore(directory: Path, dtype: str | None, sharding: Placement | None) -> 
     if not params.is_dir():
         raise ValueError(f"{directory} has no params/: the checkpoint is not whole")
     table = parameter_table(config)
-    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             saved = checkpointer.metadata(params).item_metadata.tree
@@ -154,7 +187,13 @@ def _restore(directory: Path, dtype: str | None, sharding: Placement | None) -> 
             raise ValueError(f"cannot restore {params}: {error}") from error
 
 
-def _sharding(mesh: jax.sharding.Mesh | None, rules: Mapping[str, str]) -> Placement | None:
+def _sharding(
+    mesh: jax.sharding.Mesh | None, rules: Mapping[str, str], place: Placement | None
+) -> Placement | None:
+    if place is not None:
+        if mesh is not None or rules is not DEFAULT_RULES:
+            raise ValueError("place says where parameters go: give it without mesh and rules")
+        return place
     if mesh is not None:
         return by_axes(mesh, rules)
     if rules is not DEFAULT_RULES:

@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jax
+
 from jaxheads.convert.files import fresh_directory
 from jaxheads.convert.readers import read_json
 from jaxheads.model.models import KINDS, Config, Model, kind_of
@@ -32,7 +34,8 @@ def save(
     """Writes a native checkpoint: what `load` reads fastest, bit for bit.
 
     Args:
-      model: the model; its parameters may be sharded.
+      model: the model; its parameters may be sharded, over several processes too, which
+        then all call this.
       tokenizer: its tokenizer, or None.
       directory: where to write.
       overwrite: whether a directory that is not empty may be replaced.
@@ -54,10 +57,11 @@ def save(
     with fresh_directory(directory, overwrite=overwrite) as folder:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder / "params", model.params)
-        text = json.dumps(description, indent=2) + "\n"
-        (folder / DESCRIPTION).write_text(text, encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer.save(folder)
+        if jax.process_index() == 0:
+            text = json.dumps(description, indent=2) + "\n"
+            (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+            if tokenizer is not None:
+                tokenizer.save(folder)
     return Path(directory)
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxheads.methods.lofit import NAME
+from jaxheads.methods.run import FROZEN
 from jaxheads.report import Report, attention_pattern, bars, head_heatmap, token_strip
-from jaxheads.report.lofit import add_lofit
+from jaxheads.report.run import add_run
 
 COLUMNS = ("", "unedited", "chosen heads", "random heads")
 
@@ -17,18 +19,18 @@ COLUMNS = ("", "unedited", "chosen heads", "random heads")
 def summary(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """Rows of (what, unedited, chosen heads, range of the random heads)."""
     masking = {row["name"]: row for row in results["retrieval"]["masking"]}
-    tuned = results["lofit"]["held_out"]
+    tuned = {name: row["held_out"] for name, row in results["lofit"]["variants"].items()}
     rows = []
-    for what, runs, plain, key in (
-        ("answer loss, heads masked", masking, "clean", "answer_loss"),
-        ("answer accuracy, heads masked", masking, "clean", "answer_accuracy"),
-        ("plain-text loss, heads masked", masking, "clean", "text_loss"),
-        ("held-out loss, LoFiT", tuned, "frozen", "loss"),
-        ("held-out exact match, LoFiT", tuned, "frozen", "exact"),
+    for what, runs, plain, chosen, key in (
+        ("answer loss, heads masked", masking, "clean", "chosen", "answer_loss"),
+        ("answer accuracy, heads masked", masking, "clean", "chosen", "answer_accuracy"),
+        ("plain-text loss, heads masked", masking, "clean", "chosen", "text_loss"),
+        ("held-out loss, LoFiT", tuned, FROZEN, NAME, "loss"),
+        ("held-out exact match, LoFiT", tuned, FROZEN, NAME, "exact"),
     ):
         random = [row[key] for name, row in runs.items() if name.startswith("random")]
         controls = f"{min(random):.3f} to {max(random):.3f}"
-        rows.append((what, f"{runs[plain][key]:.3f}", f"{runs['chosen'][key]:.3f}", controls))
+        rows.append((what, f"{runs[plain][key]:.3f}", f"{runs[chosen][key]:.3f}", controls))
     return rows
 
 
@@ -41,7 +43,7 @@ def build_report(results: dict[str, Any], pictures: dict[str, Any], lofit: Path)
         "as many random heads (range over the draws). Losses are in nats per token.",
     ).table(COLUMNS, summary(results), "Chosen heads against random heads")
     report = _retrieval(report, results["retrieval"], pictures)
-    report = add_lofit(report, lofit)
+    report = add_run(report, lofit, "LoFiT")
     rows = [(name, f"{gap:.1e}") for name, gap in results["agreement"].items()]
     report = report.section(
         "Saved and loaded again",

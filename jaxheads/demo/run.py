@@ -26,21 +26,34 @@ from jaxheads import tasks
 from jaxheads.demo.page import build_report, summary
 from jaxheads.files import write_json
 from jaxheads.methods import retrieval_heads
-from jaxheads.methods.lofit import Importance, Offsets
-from jaxheads.methods.lofit_run import LofitRun, Task, run_lofit, split_examples
+from jaxheads.methods.data import DataSettings, open_splits
+from jaxheads.methods.lofit import Lofit
+from jaxheads.methods.run import EDITS, Run, finished, make_job, prepare_run, train
 from jaxheads.report import write
 from jaxheads.text import Tokenizer, sample_text
-from jaxheads.train.workdir import read_json
+from jaxheads.train.fit import Fit
+from jaxheads.train.loop import Loop
+from jaxheads.train.optimizer import Optimizer
+from jaxheads.train.workdir import check_claim, claim, hold, read_json
+from jaxheads.train.writers import open_writers
 
 MODEL = "smollm2-135m-instruct"
 MASKED_SHARE = 0.05
 DRAWS = 5
-LOFIT = LofitRun(
+
+
+def _fit(learning_rate: float) -> Fit:
+    return Fit(steps=24, optimizer=Optimizer(learning_rate=learning_rate, schedule="linear"))
+
+
+METHOD = Lofit(controls=DRAWS, importance=_fit(5e-3), offsets=_fit(1e-2))
+LOFIT = Run(
+    method=METHOD,
     model=MODEL,
-    controls=DRAWS,
-    task=Task(count=120, options={"kind": "two_facts"}),
-    importance=Importance(steps=24),
-    offsets=Offsets(steps=24),
+    data=DataSettings(
+        source="task:counterfactual_capitals", options={"count": 120, "kind": "two_facts"}
+    ),
+    loop=Loop(checkpoint_every=10),
 )
 SENTENCES = (
     "When Mary and John went to the store, John gave a drink to Mary. "
@@ -49,7 +62,7 @@ SENTENCES = (
 
 
 @dataclass(frozen=True)
-class Run:
+class Demo:
     """What the stages share: where results go and how progress is shown."""
 
     out: Path
@@ -88,15 +101,15 @@ def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> dict[s
     _claim(out)
     columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        run = Run(out, seed, progress)
-        model, tokenizer = _load(run)
-        found = _retrieval(run, model, tokenizer)
-        tuned = _lofit(run, model, tokenizer)
-        saved = _save_and_reload(run, model, tokenizer)
-        pictures = _patterns(run, model, tokenizer, found["top"][0])
+        demo = Demo(out, seed, progress)
+        model, tokenizer = _load(demo)
+        found = _retrieval(demo, model, tokenizer)
+        tuned = _lofit(demo, model, tokenizer)
+        saved = _save_and_reload(demo, model, tokenizer)
+        pictures = _patterns(demo, model, tokenizer, found["top"][0])
         results = {"model": MODEL, "seed": seed, "retrieval": found, "lofit": tuned} | saved
-        results["seconds"] = run.seconds
-        with run.stage("write the report", 1) as advance:
+        results["seconds"] = demo.seconds
+        with demo.stage("write the report", 1) as advance:
             write(build_report(results, pictures, out / "lofit"), out / "report.html")
             advance()
     write_json(out / "results.json", results)
@@ -121,24 +134,24 @@ def _claim(out: Path) -> None:
     write_json(path, {"model": MODEL, "unfinished": True})
 
 
-def _load(run: Run) -> tuple[jh.Transformer, Tokenizer]:
-    with run.stage("load the model", 1) as advance:
+def _load(demo: Demo) -> tuple[jh.Transformer, Tokenizer]:
+    with demo.stage("load the model", 1) as advance:
         model, tokenizer = jh.load(MODEL)
         advance()
     return model, tokenizer
 
 
-def _retrieval(run: Run, model: jh.Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
+def _retrieval(demo: Demo, model: jh.Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
     """Scores all heads on lookups; masks the best and random ones on other lookups."""
-    examples = tasks.lookup(10, seed=run.seed)
+    examples = tasks.lookup(10, seed=demo.seed)
     length = tasks.encode(examples, tokenizer).batch.tokens.shape[1]
-    with run.stage("find retrieval heads", 1) as advance:
+    with demo.stage("find retrieval heads", 1) as advance:
         scored = tasks.encode(examples[:5], tokenizer, length=length)
         scores = retrieval_heads.retrieval_scores(model, scored)
         advance()
     count = round(MASKED_SHARE * scores.size)
     top = retrieval_heads.top_heads(scores, count)
-    with run.stage("mask retrieval and random heads", DRAWS + 2) as advance:
+    with demo.stage("mask retrieval and random heads", DRAWS + 2) as advance:
         held_out = tasks.encode(examples[5:], tokenizer, length=length)
         experiment = retrieval_heads.masking_experiment(
             model,
@@ -146,31 +159,35 @@ def _retrieval(run: Run, model: jh.Transformer, tokenizer: Tokenizer) -> dict[st
             top,
             text=tokenizer(sample_text()),
             draws=DRAWS,
-            seed=run.seed,
+            seed=demo.seed,
             on_progress=advance,
         )
     return {"scores": scores.tolist(), "top": top, "masking": experiment["runs"]}
 
 
-def _lofit(run: Run, model: jh.Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
+def _lofit(demo: Demo, model: jh.Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
     """Both stages of LoFiT, and as many random heads trained just as long."""
-    config = replace(LOFIT, seed=run.seed)
-    with run.stage("tune heads (LoFiT)", sum(config.stages.values())) as advance:
-        return run_lofit(
-            config,
-            model,
-            tokenizer,
-            run.out / "lofit",
-            on_step=lambda stage, step, metrics: advance() if metrics else None,
-        )
+    run, workdir = replace(LOFIT, seed=demo.seed), demo.out / "lofit"
+    steps = METHOD.importance.steps + (1 + METHOD.controls) * METHOD.offsets.steps
+    with demo.stage("tune heads (LoFiT)", steps) as advance:
+        check_claim(workdir, run.to_json())
+        results = finished(workdir)
+        if results is not None:
+            return results
+        ready = prepare_run(run, lambda where: (model, tokenizer))
+        with hold(workdir):
+            claim(workdir, run.to_json())
+            with open_writers(workdir) as writers:
+                job = make_job(run, None, workdir, writers=writers, on_step=advance)
+                return train(run, ready, job, workdir)
 
 
-def _save_and_reload(run: Run, model: jh.Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
+def _save_and_reload(demo: Demo, model: jh.Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
     """Saves the tuned model as checkpoint and export; reloads both and compares their logits."""
-    out = run.out
-    edits = jh.Edits.load(out / "lofit" / "edits.safetensors")
-    _, held_out = split_examples(replace(LOFIT, seed=run.seed))
-    few = tasks.encode(held_out[:8], tokenizer).batch
+    out = demo.out
+    edits = jh.Edits.load(out / "lofit" / EDITS)
+    _, held_out = open_splits(LOFIT.data, demo.seed)
+    few = tasks.encode(held_out.examples()[:8], tokenizer).batch
     real = few.mask[..., None]
     expected = model(few, edits=edits).logits
 
@@ -178,7 +195,7 @@ def _save_and_reload(run: Run, model: jh.Transformer, tokenizer: Tokenizer) -> d
         gap = jnp.abs(other(few).logits - expected)
         return float(jnp.max(gap, where=real, initial=0))
 
-    with run.stage("save, export, reload", 4) as advance:
+    with demo.stage("save, export, reload", 4) as advance:
         folded = jh.fold(model, edits)
         jh.save(folded, tokenizer, out / "checkpoint")
         advance()
@@ -193,13 +210,13 @@ def _save_and_reload(run: Run, model: jh.Transformer, tokenizer: Tokenizer) -> d
 
 
 def _patterns(
-    run: Run, model: jh.Transformer, tokenizer: Tokenizer, head: retrieval_heads.Head
+    demo: Demo, model: jh.Transformer, tokenizer: Tokenizer, head: retrieval_heads.Head
 ) -> dict[str, Any]:
     """What the best retrieval head looks at, over real tokens."""
     layer, index = head
-    prompt = tasks.lookup(1, seed=run.seed, pairs=3, shots=0, values="hex")[0]
+    prompt = tasks.lookup(1, seed=demo.seed, pairs=3, shots=0, values="hex")[0]
     pictures = {}
-    with run.stage("draw the best head", 2) as advance:
+    with demo.stage("draw the best head", 2) as advance:
         for name, text in (("lookup", prompt.prompt), ("sentences", SENTENCES)):
             ids = tokenizer.encode(text)
             found = model(np.asarray([ids]), taps="pattern").taps["pattern"]

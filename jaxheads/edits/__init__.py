@@ -12,7 +12,8 @@ from jaxheads.edits.build import (
     steer,
 )
 from jaxheads.edits.edits import Edits
-from jaxheads.edits.kinds import Affine, AttendTo, Chain, Gated, Mix, Project
+from jaxheads.edits.kinds import Affine, AttendTo, Chain, Gated, LowRank, Mix, Project
+from jaxheads.edits.low_rank import lora, restrict_heads
 
 __all__ = [
     "Affine",
@@ -20,14 +21,17 @@ __all__ = [
     "Chain",
     "Edits",
     "Gated",
+    "LowRank",
     "Mix",
     "Project",
     "attend_to",
     "clamp_neurons",
     "head_mask",
+    "lora",
     "mask_heads",
     "offset_heads",
     "project_out",
+    "restrict_heads",
     "scale_heads",
     "set_activation",
     "steer",

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxheads.edits.kinds import Affine, AttendTo, Chain, Gated, Mix, Project
+from jaxheads.edits.kinds import Affine, AttendTo, Chain, Gated, LowRank, Mix, Project
 
 
 @singledispatch
@@ -47,6 +47,12 @@ def _(edit: Project, n_layers: int) -> np.ndarray:
     if edit.weight is None:
         return np.ones((len(edit.basis), n_layers), bool)
     return _differs(edit.weight, 0.0, n_layers)
+
+
+@active_layers.register
+def _(edit: LowRank, n_layers: int) -> np.ndarray:
+    factors = [_differs(leaf, 0.0, n_layers) for leaf in (edit.down, edit.up)]
+    return factors[0] & factors[1] & (edit.scale != 0)
 
 
 @active_layers.register

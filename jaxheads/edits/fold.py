@@ -3,7 +3,8 @@
 An edit folds if it is an affine map of the value, x -> x A + c, the same for every token.
 Then it is absorbed by the weights that write the site (rows W A, bias b A + c) or by
 those that read it (A W, bias b + c W). A and c are read off by applying the edit itself to
-basis vectors, so that no kind of edit is described twice.
+basis vectors, so that no kind of edit is described twice. A `LowRank` edit adds its product to
+the weight between its source and the site.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from jaxheads.edits.kinds import Affine, Chain, Mix, Project
+from jaxheads.edits.kinds import Affine, Chain, LowRank, Mix, Project
 from jaxheads.model.config import ModelConfig
 from jaxheads.model.context import Edit, layer_slices
 from jaxheads.model.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, split_sides
@@ -181,7 +182,12 @@ def _check(site: str, edit: Edit, config: ModelConfig) -> None:
     obstacle = _in_the_way(inner, config)
     if obstacle is not None:
         refuse(obstacle)
-    for part in edit.edits if isinstance(edit, Chain) else (edit,):
+    for part in _parts(edit):
+        if isinstance(part, LowRank):
+            _, source = BETWEEN.get(inner, ("", ""))
+            if part.source != source:
+                refuse(f"no weight maps its source {part.source!r} to this site")
+            continue
         if not isinstance(part, FOLDABLE):
             refuse(f"{type(part).__name__} is not a fixed affine map of the value")
         stacked = find_site(site).stacked
@@ -190,6 +196,10 @@ def _check(site: str, edit: Edit, config: ModelConfig) -> None:
             if tokens != (1, 1):
                 name = jax.tree_util.keystr(path).lstrip(".")
                 refuse(f"its {name} of shape {jnp.shape(leaf)} differs between rows or positions")
+
+
+def _parts(edit: Edit) -> tuple[Edit, ...]:
+    return edit.edits if isinstance(edit, Chain) else (edit,)
 
 
 def _fold_stacked(
@@ -208,8 +218,18 @@ def _fold_stacked(
     def one_layer(layer: tuple[Weights, Edit]) -> Weights:
         weights, edit = layer
         wide = {name: leaf.astype(jnp.float32) for name, leaf in weights.items()}
-        # The kinds that fold do not read the context.
-        return rule(wide, lambda value: edit(value, None))  # type: ignore[arg-type]
+        # A weight that writes the site takes up the parts of a chain one after the other.
+        for part in _parts(edit) if site in BETWEEN else (edit,):
+            wide = wide | take_up(wide, part)
+        return wide
+
+    def take_up(wide: Weights, part: Edit) -> Weights:
+        if isinstance(part, LowRank):
+            name, _ = BETWEEN[site]
+            down, up = part.down.astype(jnp.float32), part.up.astype(jnp.float32)
+            return {name: wide[name] + part.scale * jnp.tensordot(down, up, 1)}
+        # The other kinds that fold do not read the context.
+        return rule(wide, lambda value: part(value, None))  # type: ignore[arg-type]
 
     new = jax.jit(partial(jax.lax.map, one_layer))((old, sliced))
     if not bool(jnp.all(new.pop("exact", jnp.array(True)))):
@@ -361,3 +381,14 @@ FOLDS: dict[str, tuple[tuple[str, ...], Rule]] = {
     "resid_post": (("mlp/down_bias",), partial(_shift, "mlp/down_bias")),
 }
 """For each site that folds: the weights it touches, and how, for one layer."""
+
+BETWEEN: dict[str, tuple[str, str]] = {
+    "q_pre": ("attn/q", "attn_in"),
+    "k_pre": ("attn/k", "attn_in"),
+    "v": ("attn/v", "attn_in"),
+    "attn_out": ("attn/o", "z"),
+    "cross.q": ("attn/q", "cross.attn_in"),
+    "cross.attn_out": ("attn/o", "cross.z"),
+    "mlp_out": ("mlp/down", "neurons"),
+}
+"""For each site that one weight writes: that weight, and the site which it reads."""

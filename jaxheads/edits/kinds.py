@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxheads.model.context import Context, Edit
+from jaxheads.model.layout import contract, gathered
 from jaxheads.names import choose
 
 Array = jax.Array
@@ -84,6 +85,53 @@ class Project:
         return value + (
             change if self.weight is None else fitting("weight", self.weight, value) * change
         )
+
+
+@struct.dataclass
+class LowRank:
+    """x + scale * (source @ down) @ up: LoRA's change of the map from `source` to the site.
+
+    Hu et al. (2021), "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3. `source` is a
+    site that the block computes before this one, and what the model's own weights read:
+    `attn_in` at `q_pre`, `k_pre` and `v`, `z` at `attn_out`, `neurons` at `mlp_out`. Then it
+    folds into them.
+
+    Attributes:
+      down: [L,*source,r], the axes of the source after batch and token, then the rank r, e.g.
+        [L,D,r] of `attn_in` or [L,H,Dh,r] of `z`.
+      up: [L,r,*site], e.g. [L,r,H,Dh] at `q_pre`.
+      source: name of the site that is read. Static.
+      scale: factor, alpha / r. Static, so it is never trained.
+    """
+
+    down: Array
+    up: Array
+    source: str = struct.field(pytree_node=False)
+    scale: float = struct.field(pytree_node=False, default=1.0)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The site that is read."""
+        return (self.source,)
+
+    def __call__(self, value: Array, context: Context) -> Array:
+        """Returns value + scale * (source @ down) @ up, in the dtype of the source."""
+        source = getattr(context, self.source)
+        read, written = jnp.shape(self.down)[:-1], jnp.shape(self.up)[1:]
+        for name, ours, theirs in (("down", read, source), ("up", written, value)):
+            if ours != theirs.shape[2:]:
+                raise ValueError(
+                    f"{name} has axes {ours} beside its rank, expected {theirs.shape[2:]}"
+                )
+        if jnp.shape(self.up)[0] != jnp.shape(self.down)[-1]:
+            raise ValueError(
+                f"down has rank {jnp.shape(self.down)[-1]} and up {jnp.shape(self.up)[0]}"
+            )
+        down, up = gathered((self.down, self.up), source, source.dtype)
+        ins, outs = "ijk"[: len(read)], "xyz"[: len(written)]
+        part = contract(f"bt{ins},{ins}r->btr", source, down.astype(source.dtype))
+        change = contract(f"btr,r{outs}->bt{outs}", part, up.astype(source.dtype))
+        return value + self.scale * change
 
 
 @struct.dataclass
@@ -181,7 +229,7 @@ class Chain:
 
 
 KINDS: dict[str, type] = {
-    kind.__name__: kind for kind in (Affine, Mix, Project, AttendTo, Gated, Chain)
+    kind.__name__: kind for kind in (Affine, Mix, Project, LowRank, AttendTo, Gated, Chain)
 }
 """The built-in kinds by name, as files refer to them."""
 

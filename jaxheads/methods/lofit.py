@@ -16,58 +16,37 @@ fold into the bias of the output projection (`jaxheads.fold`).
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from jaxheads.edits import Affine, Edits
+from jaxheads.edits import Affine, Edits, head_mask, offset_heads, scale_heads
+from jaxheads.methods.measure import readable
+from jaxheads.methods.method import Data, Tuned
+from jaxheads.methods.objective import fit_loss, rows_of
 from jaxheads.methods.retrieval_heads import Head, random_heads, top_heads
-from jaxheads.metrics import answer_scores, next_token_loss
+from jaxheads.metrics import answer_scores
 from jaxheads.model.batch import Answers, Batch
 from jaxheads.model.config import ModelConfig
 from jaxheads.model.transformer import Transformer
-from jaxheads.train import Checkpoints, TrainState, batches, make_step, run, start
-from jaxheads.train.loop import OnStep
-from jaxheads.train.step import Step
+from jaxheads.train.fit import Fit
+from jaxheads.train.optimizer import Optimizer
+from jaxheads.train.step import Metrics
+
+if TYPE_CHECKING:
+    from jaxheads.train.job import Job
 
 Array = jax.Array
+NAME = "lofit"
 INITIAL_STD = 1e-3
 
 
-@dataclass(frozen=True)
-class Importance:
-    """Stage 1, finding heads.
-
-    Attributes:
-      steps: optimizer steps.
-      learning_rate: peak, falling linearly to zero.
-      l1: weight of the sum of |A|.
-    """
-
-    steps: int = 30
-    learning_rate: float = 5e-3
-    l1: float = 1e-3
-
-
-@dataclass(frozen=True)
-class Offsets:
-    """Stage 2, training offsets.
-
-    Attributes:
-      steps: optimizer steps.
-      learning_rate: peak, falling linearly to zero.
-      heads: K, heads that get an offset.
-    """
-
-    steps: int = 40
-    learning_rate: float = 1e-2
-    heads: int = 14
+def _falling(steps: int, learning_rate: float) -> Fit:
+    return Fit(steps=steps, optimizer=Optimizer(learning_rate=learning_rate, schedule="linear"))
 
 
 @dataclass(frozen=True)
@@ -75,47 +54,73 @@ class Lofit:
     """Settings of both stages.
 
     Attributes:
-      batch_size: examples of a step.
-      seed: of the initial values and of the order of examples.
-      importance: stage 1.
-      offsets: stage 2.
+      heads: K, heads that get an offset.
+      l1: weight of the sum of |A| in stage 1.
+      controls: draws of K random heads, none of them chosen, to compare with.
+      importance: stage 1, finding heads.
+      offsets: stage 2, training offsets.
+
+    Raises:
+      ValueError: numbers below their least.
     """
 
-    batch_size: int = 8
-    seed: int = 0
-    importance: Importance = field(default_factory=Importance)
-    offsets: Offsets = field(default_factory=Offsets)
+    heads: int = 14
+    l1: float = 1e-3
+    controls: int = 5
+    importance: Fit = field(default_factory=lambda: _falling(30, 5e-3))
+    offsets: Fit = field(default_factory=lambda: _falling(40, 1e-2))
 
+    def __post_init__(self) -> None:
+        for name, least in (("heads", 1), ("l1", 0), ("controls", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
-def find_heads(
-    model: Transformer,
-    batch: Batch,
-    settings: Lofit,
-    *,
-    on_step: OnStep = lambda step, metrics: None,
-    checkpoints: Checkpoints | None = None,
-) -> np.ndarray:
-    """Stage 1.
+    def train(self, job: Job, model: Transformer, tokenizer: Any, data: Data) -> dict[str, Tuned]:
+        """Both stages, and offsets for random heads.
 
-    Args:
-      model: the frozen model.
-      batch: all training examples, with their answers as targets.
-      settings: see `Lofit`.
-      on_step: called with (steps done, metrics).
-      checkpoints: where to save the run and resume it from.
+        Returns:
+          "lofit" and "random 1", ..., each with its heads and their offsets at `z`.
 
-    Returns:
-      float32 [L,H]: the norm of A_h of each head.
-    """
-    stage = settings.importance
-    factors = initial_factors(model.config, jax.random.key(settings.seed))
-    state = _train(
-        _importance_loss, {"edits": factors, "l1": stage.l1}, model, batch, settings, stage,
-        on_step=on_step, checkpoints=checkpoints,
-    )  # fmt: skip
-    learned: Any = state.trainable["z"]
-    change = learned.scale[:, 0, 0] - 1
-    return np.asarray(jnp.linalg.norm(change, axis=-1))
+        Raises:
+          ValueError: more heads asked for than there are.
+        """
+        count = model.config.n_layers * model.config.n_heads
+        if self.heads * (2 if self.controls else 1) > count:
+            raise ValueError(
+                f"heads {self.heads}, and as many random ones beside them, are more than the "
+                f"{count} heads of the model"
+            )
+        norms = self.find_heads(job, model, data)
+        sets = head_sets(norms, self.heads, self.controls, job.seed)
+        tuned = {name: self.tune(job, name, model, data, heads) for name, heads in sets.items()}
+        return tuned | {NAME: replace(tuned[NAME], scores=norms)}
+
+    def find_heads(self, job: Job, model: Transformer, data: Data) -> np.ndarray:
+        """Stage 1: the norm of A_h of each head, float32 [L,H]."""
+        factors = initial_factors(model.config, jax.random.key(job.seed))
+        frozen = {"model": model, "l1": jnp.float32(self.l1)}
+        learned = job.fit(
+            "importance", importance_loss, factors, frozen, fit=self.importance, **rows_of(data)
+        )
+        change = np.asarray(readable(learned)["z"].scale)[:, 0, 0] - 1
+        return np.linalg.norm(change, axis=-1)
+
+    def tune(
+        self,
+        job: Job,
+        name: str,
+        model: Transformer,
+        data: Data,
+        heads: Sequence[Head],
+    ) -> Tuned:
+        """Stage 2: one offset of size Dh for each of `heads`, as the stage `name` of the job."""
+        config = model.config
+        values = initial_offsets(config, jax.random.fold_in(jax.random.key(job.seed), 1))
+        keep = scale_heads(config, head_mask(config, heads).astype(np.float32))
+        frozen = {"model": model, "keep": keep}
+        trained = job.fit(name, offsets_loss, values, frozen, fit=self.offsets, **rows_of(data))
+        edits = keep_offsets(trained, keep)
+        return Tuned(edits=edits, heads=list(heads), trained=len(heads) * config.head_dim)
 
 
 def initial_factors(config: ModelConfig, key: Array) -> Edits:
@@ -124,77 +129,34 @@ def initial_factors(config: ModelConfig, key: Array) -> Edits:
     return Edits(z=Affine(scale=1 + INITIAL_STD * jax.random.normal(key, shape)))
 
 
-def train_offsets(
-    model: Transformer,
-    batch: Batch,
-    heads: Sequence[Head],
-    settings: Lofit,
-    *,
-    on_step: OnStep = lambda step, metrics: None,
-    checkpoints: Checkpoints | None = None,
-) -> Edits:
-    """Stage 2: trains one offset of size Dh for each of `heads`; arguments as in `find_heads`.
+def initial_offsets(config: ModelConfig, key: Array) -> Edits:
+    """v at `z`, drawn from N(0, 1e-3)."""
+    shape = (config.n_layers, config.n_heads, config.head_dim)
+    return offset_heads(config, INITIAL_STD * jax.random.normal(key, shape))
 
-    Returns:
-      Edits whose only content is the offset [L,1,1,H,Dh] at `z`, zero at all other heads.
+
+def keep_offsets(offsets: Edits, keep: Edits) -> Edits:
+    """The offsets of the heads that are kept, 1 in the scale of `keep`, and zero elsewhere.
+
+    Both are edits of `z`, so that they are divided over a mesh as heads are; and one program
+    serves all sets of heads.
     """
-    key = jax.random.fold_in(jax.random.key(settings.seed), 1)
-    values = INITIAL_STD * jax.random.normal(key, (len(heads), model.config.head_dim))
-    where = jnp.asarray(heads, jnp.int32)
-    state = _train(
-        _offsets_loss, {"edits": values, "heads": where}, model, batch, settings,
-        settings.offsets, on_step=on_step, checkpoints=checkpoints,
-    )  # fmt: skip
-    return place_offsets(model.config, where, state.trainable)
+    values: Any = offsets["z"]
+    mask: Any = keep["z"]
+    return Edits(z=Affine(offset=values.offset * mask.scale))
 
 
-def place_offsets(config: ModelConfig, heads: Array, values: Array) -> Edits:
-    """Offsets [K,Dh] at heads int [K,2] as edits; differentiable in the values."""
-    shape = (config.n_layers, 1, 1, config.n_heads, config.head_dim)
-    zeros = jnp.zeros(shape, values.dtype)
-    return Edits(z=Affine(offset=zeros.at[heads[:, 0], 0, 0, heads[:, 1]].set(values)))
-
-
-def _importance_loss(factors: Edits, frozen: Any, data: Any) -> tuple[Array, dict[str, Array]]:
-    task = next_token_loss(frozen["model"], *data, edits=factors)
+def importance_loss(factors: Edits, frozen: Any, item: Any, key: Array) -> tuple[Array, Metrics]:
+    """Stage 1: task loss + l1 * sum |A|; the metric "task_loss" is the first term."""
+    task, metrics = fit_loss(frozen["model"], item, edits=factors)
     scale: Any = factors["z"]
-    return task + frozen["l1"] * jnp.sum(jnp.abs(scale.scale - 1)), {"task_loss": task}
+    penalty = frozen["l1"] * jnp.sum(jnp.abs(scale.scale - 1))
+    return task + penalty, metrics | {"task_loss": task}
 
 
-def _offsets_loss(values: Array, frozen: Any, data: Any) -> tuple[Array, dict[str, Array]]:
-    edits = place_offsets(frozen["model"].config, frozen["heads"], values)
-    task = next_token_loss(frozen["model"], *data, edits=edits)
-    return task, {"task_loss": task}
-
-
-def _train(
-    loss: Callable[..., Any],
-    parts: dict[str, Any],
-    model: Transformer,
-    batch: Batch,
-    settings: Lofit,
-    stage: Importance | Offsets,
-    *,
-    on_step: OnStep,
-    checkpoints: Checkpoints | None,
-) -> TrainState:
-    optimizer, step = _stage(loss, stage.learning_rate, stage.steps)
-    data = batches((batch, batch.answers()), settings.batch_size, settings.seed)
-    frozen = {"model": model} | {name: part for name, part in parts.items() if name != "edits"}
-    state = start(parts["edits"], optimizer)
-    return run(
-        state, step, frozen, data, steps=stage.steps, on_step=on_step, checkpoints=checkpoints
-    )
-
-
-@functools.cache
-def _stage(
-    loss: Callable[..., Any], learning_rate: float, steps: int
-) -> tuple[optax.GradientTransformation, Step]:
-    """The optimizer and the step of a stage; kept, so that one program serves all head sets."""
-    schedule = optax.linear_schedule(learning_rate, 0.0, steps)
-    optimizer = optax.adamw(schedule, weight_decay=0.0)
-    return optimizer, make_step(loss, optimizer)
+def offsets_loss(values: Edits, frozen: Any, item: Any, key: Array) -> tuple[Array, Metrics]:
+    """Stage 2: the task loss with the offsets of the heads that are kept."""
+    return fit_loss(frozen["model"], item, edits=keep_offsets(values, frozen["keep"]))
 
 
 def evaluate(
@@ -221,8 +183,8 @@ def _scores(
 
 
 def head_sets(importance: np.ndarray, count: int, draws: int, seed: int) -> dict[str, list[Head]]:
-    """The best heads of stage 1 ("chosen") and random controls that exclude them."""
+    """The best heads of stage 1 ("lofit") and random controls that exclude them."""
     chosen = top_heads(importance, count)
     shape = (importance.shape[0], importance.shape[1])
     controls = random_heads(shape, count, draws, seed, chosen)
-    return {"chosen": chosen} | {f"random {n}": heads for n, heads in enumerate(controls, 1)}
+    return {NAME: chosen} | {f"random {n}": heads for n, heads in enumerate(controls, 1)}

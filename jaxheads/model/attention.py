@@ -7,6 +7,7 @@ D model width. Every function is usable on arrays of any model.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxheads.model.context import Context
+from jaxheads.model.layout import contract, like_heads, whole
 from jaxheads.model.norms import optional_norm
 from jaxheads.model.parameters import optional
 
@@ -26,7 +28,7 @@ cannot turn it into NaN, and low enough that its weight is exactly zero."""
 
 def project(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """x [B,T,D] @ weight [D,H,Dh] (+ bias [H,Dh]) -> [B,T,H,Dh]."""
-    heads = jnp.einsum("btd,dhe->bthe", x, weight.astype(x.dtype))
+    heads = contract("btd,dhe->bthe", x, weight.astype(x.dtype))
     return heads if bias is None else heads + bias.astype(x.dtype)
 
 
@@ -74,12 +76,12 @@ def mix_values(pattern: Array, v: Array) -> Array:
 
 def head_writes(z: Array, weight: Array) -> Array:
     """Each head's own write z_h W_O[h]: z [B,T,H,Dh], weight [H,Dh,D] -> [B,T,H,D]."""
-    return jnp.einsum("bthe,hed->bthd", z, weight.astype(z.dtype))
+    return contract("bthe,hed->bthd", z, weight.astype(z.dtype))
 
 
 def merge_heads(z: Array, weight: Array) -> Array:
     """Sum over heads of `head_writes`, as one matrix product -> [B,T,D]."""
-    return jnp.einsum("bthe,hed->btd", z, weight.astype(z.dtype))
+    return contract("bthe,hed->btd", z, weight.astype(z.dtype))
 
 
 class Attention(nnx.Module):
@@ -164,14 +166,15 @@ def _attend(
 ) -> tuple[Array, Context]:
     """z [B,T,H,Dh]; the maps [B,H,T,S] exist only where somebody asks for them."""
     scale, softcap = context.config.attn_scale, context.config.attn_softcap
+    k, v = (like_heads(whole(kv, 1), q) for kv in (k, v))
     if softcap is None and not context.wants(prefix + "scores", prefix + "pattern"):
         # Not every backend multiplies float16 with float32 sums here.
         dtype = jnp.float32 if q.dtype == jnp.float16 else q.dtype
         k, v = k.astype(dtype), v.astype(dtype)
         bias = None if bias is None else bias.astype(dtype)
-        z = jax.nn.dot_product_attention(
-            q.astype(dtype), k, v, bias=bias, mask=allowed, scale=scale
-        )
+        # The weights [B,H,T,S] are computed again in the backward pass instead of kept.
+        fused = partial(jax.nn.dot_product_attention, bias=bias, mask=allowed, scale=scale)
+        z = jax.checkpoint(fused, prevent_cse=False)(q.astype(dtype), k, v)
         return z.astype(q.dtype), context
     scores = attention_scores(q, k, allowed, scale=scale, softcap=softcap, bias=bias)
     scores, context = context.visit(prefix + "scores", scores)

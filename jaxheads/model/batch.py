@@ -21,11 +21,14 @@ class Batch:
         Padding may stand on the left or on the right.
       targets: bool [B,T] or None, True at the tokens whose prediction counts (an
         answer, say). None counts every real token that follows a real one.
+      segments: int32 [B,T] or None, which of the texts packed into a row a token belongs to,
+        counted from 1; 0 at padding. Texts do not see each other.
     """
 
     tokens: Array
     mask: Array
     targets: Array | None = None
+    segments: Array | None = None
 
     @property
     def target_mask(self) -> Array:
@@ -33,6 +36,8 @@ class Batch:
         predictable = self.mask[:, 1:] & self.mask[:, :-1]
         if self.targets is not None:
             predictable = predictable & self.targets[:, 1:]
+        if self.segments is not None:
+            predictable = predictable & (self.segments[:, 1:] == self.segments[:, :-1])
         first = predictable[:, :1] & False
         return _concatenate([first, predictable])
 

@@ -69,6 +69,25 @@ def check_types(
             )
 
 
+def check_segments(
+    tokens: Array | np.ndarray,
+    segments: Array | np.ndarray | None,
+    cache: KVCache | None,
+) -> None:
+    """Raises ValueError for segments that the model cannot take."""
+    if segments is None:
+        return
+    if jnp.shape(segments) != jnp.shape(tokens):
+        raise ValueError(
+            f"segments have shape {jnp.shape(segments)}, expected that of tokens, "
+            f"{jnp.shape(tokens)}"
+        )
+    if not jnp.issubdtype(jnp.asarray(segments).dtype, jnp.integer):
+        raise ValueError(f"segments must be integers, got {jnp.asarray(segments).dtype}")
+    if cache is not None:
+        raise ValueError("segments and a cache do not go together: packed rows are for training")
+
+
 def check_tokens(
     config: ModelConfig,
     tokens: Array | np.ndarray,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxheads.model.config import ModelConfig
+from jaxheads.model.layout import gathered, take_rows
 from jaxheads.model.norms import optional_norm
 from jaxheads.model.parameters import optional
 
@@ -45,10 +46,10 @@ class Embedding(nnx.Module):
         """
         if self.types is not None:
             table = self.types[...].astype(x.dtype)
-            x = x + (table[0] if types is None else _rows(table, types))
+            x = x + (table[0] if types is None else take_rows(table, types))
         if self.positions is not None:
             table = self.positions[...].astype(x.dtype)
-            x = x + _rows(table, positions + config.position_offset)
+            x = x + take_rows(table, positions + config.position_offset)
         return x if self.norm is None else self.norm(x, config)
 
     def embed_images(self, images: Array, config: ModelConfig) -> Array:
@@ -73,11 +74,7 @@ class Embedding(nnx.Module):
 
 def embed_tokens(table: Array, tokens: Array, config: ModelConfig) -> Array:
     """Rows of the table [V,D] for ids [B,T], scaled; NaN where an id is outside of it."""
-    x = _rows(table, tokens).astype(config.compute_dtype)
+    x = take_rows(gathered(table, tokens, config.compute_dtype), tokens)
+    x = x.astype(config.compute_dtype)
     # The factor is rounded to the dtype first, as the reference of Gemma does.
     return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, x.dtype)
-
-
-def _rows(table: Array, index: Array) -> Array:
-    """NaN for an index outside the table rather than some other row."""
-    return jnp.take(table, jnp.where(index < 0, table.shape[0], index), axis=0, mode="fill")

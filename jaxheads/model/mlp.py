@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxheads.model.config import ACTIVATIONS
 from jaxheads.model.context import Context
+from jaxheads.model.layout import contract
 from jaxheads.model.parameters import optional
 
 Array = jax.Array
@@ -30,12 +30,15 @@ class MLP(nnx.Module):
         if self.gate is None:
             neurons = activation(neurons)
         else:
-            neurons = activation(linear(x, self.gate, self.gate_bias)) * neurons
+            # Kept for the backward pass: the two factors, not what lies between them.
+            product = jax.checkpoint(lambda gate, up: activation(gate) * up, prevent_cse=False)
+            neurons = product(linear(x, self.gate, self.gate_bias), neurons)
         neurons, context = context.visit("neurons", neurons)
         return linear(neurons, self.down, self.down_bias), context
 
 
 def linear(x: Array, weight: nnx.Param, bias: nnx.Param | None) -> Array:
-    """x [...,I] @ weight [I,O] (+ bias [O]) in the dtype of x."""
-    out = jnp.einsum("...i,io->...o", x, weight[...].astype(x.dtype))
+    """x [B,T,I] or [B,I] @ weight [I,O] (+ bias [O]) in the dtype of x."""
+    inner = "bt"[: x.ndim - 1]
+    out = contract(f"{inner}i,io->{inner}o", x, weight[...].astype(x.dtype))
     return out if bias is None else out + bias[...].astype(x.dtype)

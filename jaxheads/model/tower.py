@@ -16,6 +16,7 @@ from jaxheads.model.cache import KVCache
 from jaxheads.model.config import ModelConfig
 from jaxheads.model.context import Context, Edit, Tap, layer_slices
 from jaxheads.model.embedding import Embedding
+from jaxheads.model.layout import gathered, rematerialised, whole
 from jaxheads.model.norms import optional_norm
 from jaxheads.model.relative import RelativeBias
 from jaxheads.model.rotary import rotary_angles
@@ -59,12 +60,14 @@ class Tower(nnx.Module):
         phase: str,
         edits: Mapping[str, Edit],
         taps: Mapping[str, Tap],
+        segments: Array | None = None,
     ) -> tuple[Context, KVCache | None]:
         """Positions, visibility and angles of the tokens of mask [B,T], shared by all layers.
 
         The angles are those of every rotary encoding in use, with a leading axis for them.
         """
         config = self.config
+        mask = whole(mask, 1)
         count = jnp.cumsum(mask, axis=1) - 1
         start: Array | int = 0
         key_mask = mask
@@ -78,6 +81,10 @@ class Tower(nnx.Module):
         allowed = key_mask[:, None, None, :]
         if config.causal:
             allowed = allowed & (keys <= slots[:, None])
+        if segments is not None:
+            segments = whole(segments, 1)
+            allowed = allowed & (segments[:, None, :, None] == segments[:, None, None, :])
+            positions = positions - _first_of_segment(positions, segments)
         context = Context(
             config=config,
             positions=positions,
@@ -94,9 +101,16 @@ class Tower(nnx.Module):
         return context, cache
 
     def run(
-        self, x: Array, context: Context, edits: Mapping[str, Edit], cache: KVCache | None
+        self,
+        x: Array,
+        context: Context,
+        edits: Mapping[str, Edit],
+        cache: KVCache | None,
+        remat: str = "none",
     ) -> tuple[Array, dict[str, Any], KVCache | None]:
         """Runs the blocks on x [B,T,D], the residual stream that enters the first.
+
+        `remat` is one of `REMAT`.
 
         Returns:
           The residual stream after the last block (before the last norm), what was tapped
@@ -110,7 +124,8 @@ class Tower(nnx.Module):
             x, here, attended = self.step(x, context, layer, edits_here, cached_here)
             return x, (here.tapped, attended if cache is not None else None)
 
-        x, (tapped, attended) = jax.lax.scan(body, x, (self.layers(), inside, cached))
+        inputs = (self.layers(), inside, cached)
+        x, (tapped, attended) = jax.lax.scan(rematerialised(body, x, remat), x, inputs)
         if cache is not None:
             length = cache.length + context.token_mask.shape[1]
             cache = replace(cache, k=attended[0], v=attended[1], length=length)
@@ -158,13 +173,19 @@ class Tower(nnx.Module):
             context, layer=layer.index, edits=edits, tapped={}, values={}, angles=angles,
             allowed=allowed,
         )  # fmt: skip
-        return layer.block(x, here, cached)
+        return gathered(layer.block, x, x.dtype)(x, here, cached)
 
     def finish(self, x: Array, context: Context) -> tuple[Array, Context]:
         """The last norm, and the site `final`."""
         if self.final_norm is not None:
             x = self.final_norm(x, self.config)
         return context.visit("final", x)
+
+
+def _first_of_segment(positions: Array, segments: Array) -> Array:
+    """int [B,T]: the position of the first token of each token's segment."""
+    before = jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
+    return jax.lax.cummax(jnp.where(segments != before, positions, 0), axis=1)
 
 
 def _different_ropes(config: ModelConfig) -> tuple:

@@ -19,10 +19,18 @@ from flax import nnx, struct
 
 from jaxheads.model.batch import Batch
 from jaxheads.model.cache import KVCache
-from jaxheads.model.checks import check_images, check_sites, check_slots, check_tokens, check_types
+from jaxheads.model.checks import (
+    check_images,
+    check_segments,
+    check_sites,
+    check_slots,
+    check_tokens,
+    check_types,
+)
 from jaxheads.model.config import ACTIVATIONS, ModelConfig
 from jaxheads.model.context import Context, Edit, Tap, TapsLike, as_taps
 from jaxheads.model.embedding import embed_tokens
+from jaxheads.model.layout import REMAT, contract, gathered
 from jaxheads.model.mlp import linear
 from jaxheads.model.norms import Norm
 from jaxheads.model.parameters import (
@@ -75,12 +83,12 @@ class Unembedding(nnx.Module):
         """
         kernel = table if self.kernel is None else self.kernel[...]
         assert kernel is not None, "tied to an embedding that is not there"
+        kernel = gathered(kernel, x, x.dtype)
         kernel, axes = (kernel, "vd") if ids is None else (kernel[ids], "bvd")
         if config.logit_scale != 1:
             x = x * config.logit_scale
-        logits = jnp.einsum(
-            f"btd,{axes}->btv", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32
-        )
+        kernel = kernel.astype(x.dtype)
+        logits = contract(f"btd,{axes}->btv", x, kernel, preferred_element_type=jnp.float32)
         if self.bias is not None:
             bias = self.bias[...].astype(jnp.float32)
             logits = logits + (bias if ids is None else bias[ids][:, None])
@@ -210,6 +218,8 @@ class Transformer(Tower):
         phase: str = "prefill",
         logits_at: Array | np.ndarray | None = None,
         token_types: Array | np.ndarray | None = None,
+        segments: Array | np.ndarray | None = None,
+        remat: str = "none",
     ) -> Output:
         """Runs the model. Compiled once per shape and structure of the arguments.
 
@@ -226,6 +236,12 @@ class Transformer(Tower):
           logits_at: int [B,N], slots of the given tokens at which `final` and `logits` are
             computed; None for all. Saves the unembedding where it is not needed.
           token_types: int [B,T], for models with token types; None for the first type.
+          segments: int [B,T], which of the texts packed into a row a token belongs to, 0 for
+            padding: tokens see their own text only, and positions count from its start. None
+            for one text a row. A `Batch` may carry it.
+          remat: what each block keeps for the backward pass: "none" all but attention weights
+            and activations of the gated MLP, "dots" the products with weights, "full" only the
+            block's input. Values and gradients are the same.
 
         Returns:
           An `Output`.
@@ -235,11 +251,14 @@ class Transformer(Tower):
             they are concrete; under a trace they give NaN), an empty or overlong sequence.
         """
         if isinstance(tokens, Batch):
-            if mask is not None:
-                raise ValueError("mask must not be given twice: the Batch already carries one")
+            if mask is not None or segments is not None:
+                raise ValueError(
+                    "mask and segments must not be given twice: the Batch already carries them"
+                )
             batch = tokens
-            tokens, mask = batch.tokens, batch.mask
+            tokens, mask, segments = batch.tokens, batch.mask, batch.segments
         choose("phase", phase, PHASES)
+        choose("remat", remat, REMAT)
         edits = {} if edits is None else edits
         for site in edits:
             find_site(site)
@@ -251,12 +270,16 @@ class Transformer(Tower):
             check_tokens(self.config, tokens, mask, cache)
             check_slots(logits_at, *tokens.shape)
         check_types(self.config, tokens, token_types)
+        check_segments(tokens, segments, cache)
         taps = as_taps(taps)
         check_sites(self.config, edits, taps)
-        return _forward(self, tokens, mask, edits, taps, cache, logits_at, token_types, phase=phase)
+        return _forward(
+            self, tokens, mask, edits, taps, cache, logits_at, token_types, segments,
+            phase=phase, remat=remat,
+        )  # fmt: skip
 
 
-@partial(jax.jit, static_argnames=("phase",))
+@partial(jax.jit, static_argnames=("phase", "remat"))
 def _forward(
     model: Transformer,
     tokens: Array,
@@ -266,8 +289,10 @@ def _forward(
     cache: KVCache | None,
     logits_at: Array | None,
     token_types: Array | None,
+    segments: Array | None,
     *,
     phase: str,
+    remat: str,
 ) -> Output:
     config = model.config
     table = None if model.embed.tokens is None else model.embed.tokens[...]
@@ -277,10 +302,10 @@ def _forward(
     else:
         x = embed_tokens(table, tokens, config)
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-    context, cache = model.begin(mask, cache, phase, edits, taps)
+    context, cache = model.begin(mask, cache, phase, edits, taps, segments)
     x = model.embed(x, context.positions, token_types, config)
     x, context = context.visit("embed", x)
-    x, tapped, cache = model.run(x, context, edits, cache)
+    x, tapped, cache = model.run(x, context, edits, cache, remat)
 
     if logits_at is not None:
         context = read_at(context, logits_at)

@@ -6,26 +6,31 @@ import dataclasses
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxheads.names import unknown
 
 T = TypeVar("T")
+Tree = dict[str, Any]
 SMALL = "runlocal"
 """The table of a file whose values replace the others for a short run on a laptop."""
 
 _NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 
 
-def read_config(path: str | Path, schema: type[T], *, runlocal: bool = False) -> T:
+def read_config(
+    path: str | Path, schema: type[T] | Callable[[Tree], type[T]], *, runlocal: bool = False
+) -> T:
     """Reads settings.
 
     Args:
       path: a TOML file; its tables are the dataclasses inside `schema`, and the table
-        [runlocal] holds values for a short run, by the same names.
-      schema: a dataclass whose fields have defaults.
+        [runlocal] holds values for a short run, by the same names. A list in the file
+        becomes a tuple.
+      schema: a dataclass, or a function that picks one by the file's content and takes the
+        keys out of it that the dataclass does not have.
       runlocal: whether to take the values of [runlocal].
 
     Returns:
@@ -33,8 +38,8 @@ def read_config(path: str | Path, schema: type[T], *, runlocal: bool = False) ->
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not TOML, an unknown key (the nearest known one is named), or a value
-        of the wrong type. The message starts with the path.
+      ValueError: not TOML, an unknown key (the nearest known one is named), a missing one
+        without a default, or a value of the wrong type. The message starts with the path.
     """
     path = Path(path)
     if not path.is_file():
@@ -47,11 +52,20 @@ def read_config(path: str | Path, schema: type[T], *, runlocal: bool = False) ->
     if not isinstance(small, dict):
         raise ValueError(f"{path}: {SMALL} must be a table, got {small!r}")
     # Both readings are checked, whichever is used: a mistake is found on the first day.
-    full = _build(schema, raw, str(path), "")
-    short = _build(schema, _merge(raw, small), str(path), "")
+    full, short = (_read(schema, _merge(raw, over), str(path)) for over in ({}, small))
     if runlocal and not small:
         raise ValueError(f"{path} has no table [{SMALL}], so there is no short run")
     return short if runlocal else full
+
+
+def _read(schema: type[T] | Callable[[Tree], type[T]], raw: Tree, path: str) -> T:
+    if isinstance(schema, type):
+        return _build(schema, raw, path, "")
+    try:
+        chosen = schema(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return _build(chosen, raw, path, "")
 
 
 def flatten_config(config: Any) -> dict[str, Any]:
@@ -66,11 +80,12 @@ def flatten_config(config: Any) -> dict[str, Any]:
     return flat
 
 
-def _merge(raw: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(raw)
+def _merge(raw: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
+    """A copy of the tables with some values replaced."""
+    merged = {k: _merge(v, {}) if isinstance(v, dict) else v for k, v in raw.items()}
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        table = isinstance(value, dict)
+        merged[key] = _merge(merged.get(key) or {}, value) if table else value
     return merged
 
 
@@ -81,6 +96,10 @@ def _build(schema: type[T], raw: Mapping[str, Any], path: str, prefix: str) -> T
         if key not in known:
             names = [prefix + name for name in known] + ([] if prefix else [SMALL])
             raise ValueError(f"{path}: {unknown('key', prefix + key, names)}")
+    for field in dataclasses.fields(schema):  # type: ignore[arg-type]
+        absent = (field.default, field.default_factory) == (dataclasses.MISSING,) * 2
+        if absent and field.name not in raw:
+            raise ValueError(f"{path}: {prefix + field.name} is missing, and has no default")
     values = {key: _value(hints[key], value, path, prefix + key) for key, value in raw.items()}
     try:
         return schema(**values)
@@ -98,11 +117,34 @@ def _value(hint: Any, value: Any, path: str, name: str) -> Any:
             raise ValueError(f"{path}: {name} must be a table, got {value!r}")
         inner = typing.get_args(hint)[1]
         return {key: _value(inner, item, path, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, list):
+        return _list(hint, value, path, name)
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     kinds = [kind for kind in (typing.get_args(hint) if union else (hint,)) if kind in _NAMES]
     if type(value) in kinds:
         return value
     if type(value) is int and float in kinds:
         return float(value)
-    expected = " or ".join(_NAMES[kind] for kind in kinds)
-    raise ValueError(f"{path}: {name} must be {expected}, got {value!r}")
+    expected = [_NAMES[kind] for kind in kinds] + ["a list"] * (_tuple_of(hint) is not None)
+    raise ValueError(f"{path}: {name} must be {' or '.join(expected)}, got {value!r}")
+
+
+def _list(hint: Any, value: list[Any], path: str, name: str) -> tuple[Any, ...]:
+    kinds = _tuple_of(hint)
+    if kinds is None:
+        raise ValueError(f"{path}: {name} must not be a list, got {value!r}")
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(value)
+    if len(kinds) != len(value):
+        raise ValueError(f"{path}: {name} must be a list of {len(kinds)}, got {value!r}")
+    pairs = enumerate(zip(kinds, value, strict=True))
+    return tuple(_value(kind, item, path, f"{name}[{n}]") for n, (kind, item) in pairs)
+
+
+def _tuple_of(hint: Any) -> tuple[Any, ...] | None:
+    """The kinds of the items where a tuple is allowed."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    for kind in typing.get_args(hint) if union else (hint,):
+        if typing.get_origin(kind) is tuple:
+            return typing.get_args(kind)
+    return None

@@ -1,0 +1,140 @@
+"""How good a changed model is: on what it was trained for, and on what it was not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxheads.methods.method import Data, TaskData, Tuned, placed
+from jaxheads.model.batch import Batch
+from jaxheads.model.context import Edit
+from jaxheads.model.layout import whole
+from jaxheads.model.parameters import flatten, nest
+from jaxheads.model.transformer import Transformer
+from jaxheads.train.job import Job
+from jaxheads.train.losses import token_scores
+
+Array = jax.Array
+Tree = TypeVar("Tree")
+METRICS = ("loss", "token_accuracy", "exact")
+
+
+def apply(model: Transformer, tuned: Tuned) -> Transformer:
+    """The model with the parameters of a variant."""
+    if tuned.model is not None:
+        return tuned.model
+    if tuned.params is None:
+        return model
+    leaves = dict(flatten(model.params)) | dict(flatten(tuned.params))
+    return Transformer(model.config, nest(leaves))
+
+
+def measure(
+    job: Job, model: Transformer, data: Data, tuned: Tuned | None = None, batch_size: int = 32
+) -> dict[str, float]:
+    """Means over the held-out rows.
+
+    Args:
+      job: the devices.
+      model: the model before training.
+      data: whose held-out side is measured.
+      tuned: what was changed; None for nothing.
+      batch_size: rows at a time, a multiple of what the mesh divides rows by.
+
+    Returns:
+      "loss", nats per target token, "token_accuracy", and "exact", the share of rows whose
+      answer is right to the last token (not for text).
+    """
+    tuned = Tuned() if tuned is None else tuned
+    if isinstance(data, TaskData):
+        batch = data.held_out_batch
+        found = rows_scores(job, apply(model, tuned), batch, placed(tuned, batch), batch_size)
+        return {name: float(found[name].mean()) for name in METRICS}
+    text: Any = data.held_out[np.arange(len(data.held_out))]
+    # Running text is one long answer: it has no end of a prompt.
+    edits = None if tuned.acts == "prompt_end" else tuned.edits
+    found = rows_scores(job, apply(model, tuned), text, edits, batch_size)
+    weights = np.asarray(text.target_mask).sum(axis=1)
+    counted = weights > 0
+    return {
+        name: float(np.average(found[name][counted], weights=weights[counted]))
+        for name in METRICS[:2]
+    }
+
+
+def readable(tree: Tree) -> Tree:
+    """A pytree whose leaves every process can read: those divided over processes as numpy arrays.
+
+    All processes call it.
+    """
+
+    def gather(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return leaf
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(gather, tree)
+
+
+def rows_scores(
+    job: Job,
+    model: Transformer,
+    batch: Batch,
+    edits: Mapping[str, Edit] | None,
+    batch_size: int,
+) -> dict[str, np.ndarray]:
+    """`jaxheads.metrics.answer_scores` of every row, float32 [N] each.
+
+    Args:
+      job: the devices.
+      model: the model.
+      batch: all rows, numpy arrays [N,T].
+      edits: for all rows: a mask of slots in them has the N rows too.
+      batch_size: rows at a time.
+    """
+    rows, (host, hosts) = batch.tokens.shape[0], job.slice
+    share = batch_size // hosts
+    answers = None if batch.targets is None else batch.answers()
+    parts: dict[str, list[np.ndarray]] = {}
+    with job.devices():
+        model = job.place(model)
+        for first in range(0, rows, batch_size):
+            # The last part repeats the last row, so that all have one shape.
+            taken = np.minimum(np.arange(first, first + batch_size), rows - 1)
+            mine = taken[host * share : (host + 1) * share]
+            given = job.send(jax.tree.map(lambda leaf, mine=mine: leaf[mine], (batch, answers)))
+            found = _scores(model, *given, _rows_of(edits, taken, rows))
+            for name, values in jax.device_get(readable(found)).items():
+                parts.setdefault(name, []).append(values[: rows - first])
+    return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def _rows_of(edits: Mapping[str, Edit] | None, taken: np.ndarray, rows: int) -> Any:
+    """The edits with the masks [1,N,T] of `Edits.when` cut to the rows taken."""
+
+    def cut(path: Any, leaf: Array) -> Array:
+        masks = getattr(path[-1], "name", "") == "tokens" and leaf.shape[1] == rows
+        return leaf[:, taken] if masks else leaf
+
+    return edits and jax.tree_util.tree_map_with_path(cut, edits)
+
+
+@jax.jit
+def _scores(
+    model: Transformer, batch: Batch, answers: Any, edits: Mapping[str, Edit] | None
+) -> dict[str, Array]:
+    # As `metrics.answer_scores`, for tokens and a vocabulary that may be divided over a mesh.
+    scores, counted = token_scores(model, batch, answers, edits=edits)
+    count = jnp.sum(counted, axis=1)
+    right = jnp.sum(scores.right, axis=1, where=counted)
+    found = {
+        "loss": jnp.sum(scores.loss, axis=1, where=counted) / count,
+        "token_accuracy": right / count,
+        "exact": jnp.where(count > 0, right == count, jnp.nan),
+    }
+    return {name: whole(values, 0) for name, values in found.items()}
