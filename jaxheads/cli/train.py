@@ -96,8 +96,9 @@ def run(settings: Run, workdir: str | Path) -> None:
     from jaxheads.train.distributed import is_main
     from jaxheads.train.job import Interrupted
     from jaxheads.train.loop import NotFinite
+    from jaxheads.train.mirror import Sender, mirrored
     from jaxheads.train.signals import Signals
-    from jaxheads.train.workdir import check_claim, claim, hold, run_path
+    from jaxheads.train.workdir import check_claim, claim, hold, is_address, run_path
     from jaxheads.train.writers import check_writers, open_writers
 
     for name in ("absl", "asyncio"):
@@ -118,16 +119,19 @@ def run(settings: Run, workdir: str | Path) -> None:
             if is_main():
                 claim(path, config)
             with (
-                open_writers(path, settings.log, config=config) as writers,
+                mirrored(workdir, sends=is_main()) as folder,
+                open_writers(folder, settings.log, config=config) as writers,
                 Signals() as signals,
                 training_progress() as show,
             ):
+                if is_address(path) and is_main():
+                    writers.append(Sender(folder, path))
                 job = make_job(
                     settings, mesh, path, writers=writers, signals=signals, on_step=show,
                     on_note=_note,
                 )  # fmt: skip
                 try:
-                    results = train(settings, ready, job, path)
+                    results = train(settings, ready, job, folder, path)
                 except Interrupted as error:
                     say(f"{error}; the same command goes on from there")
                     # As if the signal had ended it: a cluster then starts the job again.

@@ -5,12 +5,15 @@ A directory with `jaxheads.json`, `params/` and the tokenizer's files.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
+from etils import epath
 
 from jaxheads.convert.files import fresh_directory
 from jaxheads.convert.readers import read_json
@@ -37,7 +40,8 @@ def save(
       model: the model; its parameters may be sharded, over several processes too, which
         then all call this.
       tokenizer: its tokenizer, or None.
-      directory: where to write.
+      directory: where to write; an address such as gs://bucket/model too, where a save that
+        ends early leaves files but no description.
       overwrite: whether a directory that is not empty may be replaced.
 
     Returns:
@@ -54,15 +58,27 @@ def save(
         "kind": kind_of(model.config),
         "config": model.config.to_dict(),
     }
-    with fresh_directory(directory, overwrite=overwrite) as folder:
+    if "://" in os.fspath(directory):
+        folder: Any = epath.Path(directory)
+        context: Any = contextlib.nullcontext(folder)  # nothing there can be renamed
+    else:
+        folder, context = Path(directory), fresh_directory(directory, overwrite=overwrite)
+    with context as target:
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder / "params", model.params)
+            checkpointer.save(target / "params", model.params, force=overwrite)
         if jax.process_index() == 0:
-            text = json.dumps(description, indent=2) + "\n"
-            (folder / DESCRIPTION).write_text(text, encoding="utf-8")
             if tokenizer is not None:
-                tokenizer.save(folder)
-    return Path(directory)
+                _save_tokenizer(tokenizer, target)
+            # Last: it says that the rest is there.
+            (target / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+    return folder
+
+
+def _save_tokenizer(tokenizer: Tokenizer, target: Any) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        tokenizer.save(name)
+        for file in Path(name).iterdir():
+            (target / file.name).write_bytes(file.read_bytes())
 
 
 def read_description(directory: Path) -> Config:

@@ -211,6 +211,7 @@ def train(
     ready: Prepared,
     job: Job,
     workdir: Path,
+    home: Any = None,
     *,
     on_measure: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
@@ -220,7 +221,8 @@ def train(
       run: the settings.
       ready: as `prepare_run` gives it.
       job: the devices and the loop, with the folder of the run.
-      workdir: the folder.
+      workdir: the folder in which files are written.
+      home: where a whole model goes, if not there: an address that all processes reach.
       on_measure: called with the name of each variant before it is measured.
 
     Returns:
@@ -256,7 +258,7 @@ def train(
         "seconds": seconds,
         "environment": _environment(),
     }
-    _write(workdir, tuned[main], ready)
+    _write(workdir, tuned[main], ready, workdir if home is None else home)
     if jax.process_index() == 0:
         write_json(workdir / RESULTS, results)
     return results
@@ -284,7 +286,7 @@ def result_columns(results: Mapping[str, Any]) -> tuple[str, ...]:
     return ("variant", "trained", *metrics, *(f"{name} loss" for name in frozen["neighbours"]))
 
 
-def _write(workdir: Path, tuned: Tuned, ready: Prepared) -> None:
+def _write(workdir: Path, tuned: Tuned, ready: Prepared, home: Any) -> None:
     """What was trained, for `jaxheads export`, `eval` and `load`.
 
     All processes call it: each has only its own part of an array that is divided over them.
@@ -294,7 +296,7 @@ def _write(workdir: Path, tuned: Tuned, ready: Prepared) -> None:
         edits.save(workdir / EDITS)
     if tuned.params is not None or tuned.model is not None:
         # A run that was killed before it had its results may have written it.
-        save_model(apply(ready.model, tuned), ready.tokenizer, workdir / MODEL, overwrite=True)
+        save_model(apply(ready.model, tuned), ready.tokenizer, home / MODEL, overwrite=True)
     if tuned.scores is not None and first:
         scores = np.asarray(tuned.scores).tolist()
         write_json(workdir / SCORES, {"axes": ["layer", "head"], "values": scores})
