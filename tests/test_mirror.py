@@ -1,4 +1,4 @@
-"""The files of a run whose folder is an address. Buckets are not at hand: epath's local paths are."""
+"""The files of a run whose folder is an address; epath's local paths stand for buckets."""
 
 from __future__ import annotations
 
