@@ -11,6 +11,7 @@ from jaxheads.edits.build import (
     set_activation,
     steer,
 )
+from jaxheads.edits.dropout import Dropout, dropout
 from jaxheads.edits.edits import Edits
 from jaxheads.edits.kinds import Affine, AttendTo, Chain, Gated, LowRank, Mix, Project
 from jaxheads.edits.low_rank import lora, restrict_heads
@@ -19,6 +20,7 @@ __all__ = [
     "Affine",
     "AttendTo",
     "Chain",
+    "Dropout",
     "Edits",
     "Gated",
     "LowRank",
@@ -26,6 +28,7 @@ __all__ = [
     "Project",
     "attend_to",
     "clamp_neurons",
+    "dropout",
     "head_mask",
     "lora",
     "mask_heads",

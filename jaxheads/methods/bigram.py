@@ -276,7 +276,7 @@ def subnetwork(model: Transformer, masks: Mapping[str, Any]) -> Transformer:
 
 
 def bigram_loss(
-    trained: Any, frozen: Any, batch: Batch, key: Array
+    trained: Any, frozen: Any, batch: Batch, key: Array | None
 ) -> tuple[Array, dict[str, Array]]:
     """The loss of the module's docstring, in nats per position.
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxheads.edits import dropout
 from jaxheads.methods.method import Data, Tuned
 from jaxheads.methods.objective import fit_loss, rows_of
 from jaxheads.model.config import DTYPES, ModelConfig
@@ -40,16 +41,18 @@ class FineTuning:
     Attributes:
       patterns: which, as in `jaxheads.train.select`: "*" for all, "blocks/attn/*", ...
       compute: dtype of the activations; None for that of the model.
+      dropout: probability with which an entry of what a branch adds is dropped in training.
       remat: what blocks keep for the backward pass, as in `Transformer`.
       chunk: tokens of a row unembedded at a time; None for all.
       fit: how parameters are trained.
 
     Raises:
-      ValueError: an unknown `compute` or `remat`.
+      ValueError: an unknown `compute` or `remat`, or a dropout outside [0, 1).
     """
 
     patterns: tuple[str, ...] = ("*",)
     compute: str | None = None
+    dropout: float = 0.0
     remat: str = "none"
     chunk: int | None = None
     fit: Fit = field(
@@ -60,6 +63,8 @@ class FineTuning:
 
     def __post_init__(self) -> None:
         choose("remat", self.remat, REMAT)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
         if self.compute is not None:
             choose("compute", self.compute, DTYPES)
 
@@ -71,7 +76,7 @@ class FineTuning:
         """
         chosen = select(model.params, self.patterns)
         config = model.config.replace(dtype=self.compute or model.config.dtype)
-        rest = Rest(chosen.frozen, config, self.remat, self.chunk)
+        rest = Rest(chosen.frozen, config, self.remat, self.chunk, dropout=self.dropout)
         start = in_float32(chosen.trainable)
         trained = job.fit(NAME, parameters_loss, start, rest, fit=self.fit, **rows_of(data))
         params = as_stored(trained, chosen.trainable)
@@ -88,6 +93,7 @@ class Rest:
       remat: as in `Transformer`.
       chunk: as in `fit_loss`.
       z_loss: as in `fit_loss`.
+      dropout: as in `FineTuning`.
     """
 
     params: Tree
@@ -95,16 +101,23 @@ class Rest:
     remat: str = struct.field(pytree_node=False, default="none")
     chunk: int | None = struct.field(pytree_node=False, default=None)
     z_loss: float = struct.field(pytree_node=False, default=0.0)
+    dropout: float = struct.field(pytree_node=False, default=0.0)
 
     def model(self, trainable: Tree) -> Transformer:
         """The whole model."""
         return Transformer(self.config, merge(trainable, self.params))
 
 
-def parameters_loss(trainable: Tree, rest: Rest, item: Any, key: Array) -> tuple[Array, Metrics]:
+def parameters_loss(
+    trainable: Tree, rest: Rest, item: Any, key: Array | None
+) -> tuple[Array, Metrics]:
     """The loss of a model as a function of the parameters that are trained; see `fit_loss`."""
-    model = rest.model(trainable)
-    return fit_loss(model, item, remat=rest.remat, chunk=rest.chunk, z_loss=rest.z_loss)
+    model, edits = rest.model(trainable), None
+    if rest.dropout and key is not None:
+        edits = dropout(model.config, key, rest.dropout)
+    return fit_loss(
+        model, item, edits=edits, remat=rest.remat, chunk=rest.chunk, z_loss=rest.z_loss
+    )
 
 
 def in_float32(params: Tree) -> Tree:

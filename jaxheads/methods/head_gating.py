@@ -128,7 +128,7 @@ def gated(gates: Array) -> Edits:
 
 
 def gating_loss(
-    trained: dict[str, Array], frozen: Any, data: Batch | tuple[Batch, Answers], key: Array
+    trained: dict[str, Array], frozen: Any, data: Batch | tuple[Batch, Answers], key: Array | None
 ) -> tuple[Array, dict[str, Array]]:
     """The loss of the targets in nats per token, minus w times the mean of the clipped logits.
 

@@ -146,7 +146,9 @@ def keep_offsets(offsets: Edits, keep: Edits) -> Edits:
     return Edits(z=Affine(offset=values.offset * mask.scale))
 
 
-def importance_loss(factors: Edits, frozen: Any, item: Any, key: Array) -> tuple[Array, Metrics]:
+def importance_loss(
+    factors: Edits, frozen: Any, item: Any, key: Array | None
+) -> tuple[Array, Metrics]:
     """Stage 1: task loss + l1 * sum |A|; the metric "task_loss" is the first term."""
     task, metrics = fit_loss(frozen["model"], item, edits=factors)
     scale: Any = factors["z"]
@@ -154,7 +156,7 @@ def importance_loss(factors: Edits, frozen: Any, item: Any, key: Array) -> tuple
     return task + penalty, metrics | {"task_loss": task}
 
 
-def offsets_loss(values: Edits, frozen: Any, item: Any, key: Array) -> tuple[Array, Metrics]:
+def offsets_loss(values: Edits, frozen: Any, item: Any, key: Array | None) -> tuple[Array, Metrics]:
     """Stage 2: the task loss with the offsets of the heads that are kept."""
     return fit_loss(frozen["model"], item, edits=keep_offsets(values, frozen["keep"]))
 

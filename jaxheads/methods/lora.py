@@ -66,6 +66,8 @@ class Lora:
         return {NAME: Tuned(edits=trained, trained=count)}
 
 
-def edits_loss(edits: Edits, model: Transformer, item: Any, key: Array) -> tuple[Array, Metrics]:
+def edits_loss(
+    edits: Edits, model: Transformer, item: Any, key: Array | None
+) -> tuple[Array, Metrics]:
     """The loss of a frozen model as a function of edits that are trained; see `fit_loss`."""
     return fit_loss(model, item, edits=edits)

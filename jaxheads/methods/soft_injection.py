@@ -236,7 +236,7 @@ def injection(embedding: Array | np.ndarray, alpha: Array | np.ndarray) -> Edits
 
 
 def injection_loss(
-    trained: dict[str, Array], frozen: Any, data: tuple[Batch, Answers], key: Array
+    trained: dict[str, Array], frozen: Any, data: tuple[Batch, Answers], key: Array | None
 ) -> tuple[Array, dict[str, Array]]:
     """Cross-entropy of the first answer token, in nats.
 

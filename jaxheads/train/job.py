@@ -287,4 +287,4 @@ def _step(loss: Loss, fit: Fit, seed: int, masked: bool, *, optimizer: _Unhashed
 @functools.lru_cache(maxsize=8)
 def _score(loss: Loss) -> Callable[..., Any]:
     """The loss without randomness, compiled."""
-    return jax.jit(lambda trained, frozen, batch: loss(trained, frozen, batch, jax.random.key(0)))
+    return jax.jit(lambda trained, frozen, batch: loss(trained, frozen, batch, None))

@@ -16,10 +16,11 @@ from flax import struct
 
 Array = jax.Array
 Metrics = dict[str, Array]
-Loss = Callable[[Any, Any, Any, Array], tuple[Array, Metrics]]
+Loss = Callable[[Any, Any, Any, Array | None], tuple[Array, Metrics]]
 """(trainable, frozen, batch, key) -> (scalar loss, further scalar metrics).
 
-The metric "weight", where there is one, is the number of targets that the loss is a mean over.
+The key is None where nothing is random: when a state is measured. The metric "weight", where there
+is one, is the number of targets that the loss is a mean over.
 """
 
 
