@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import safe_open
+from tiny import mostly_slow
 
 from jaxheads.convert.export import export
 from jaxheads.convert.families import FAMILIES
@@ -41,6 +42,7 @@ ADDITIVITY = 1e-5
 """Largest accepted relative difference between the stream and the sum of what was written."""
 
 CASES = families.cases()
+ONE_OF_EACH = {families.reference(case).family: case for case in CASES}.values()
 ENCODER, TOWERS = "encoder.", ("text.", "vision.")
 
 
@@ -113,7 +115,7 @@ def test_weights_do_not_depend_on_the_other_tensors():
     assert not (both["a.weight"].view(np.uint32) & 0xFFFF).any()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, *ONE_OF_EACH))
 def test_values(case, measured):
     stored, found = families.reference(case), measured(case)
     wrong = []
@@ -129,7 +131,7 @@ def test_values(case, measured):
     assert not wrong, "; ".join(wrong)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, *ONE_OF_EACH))
 def test_the_stream_is_the_sum_of_what_heads_write(case, measured):
     """resid_mid == resid_pre + sum of head_out + bias, with the norms where the family has them."""
     indices, found = families.reference(case).indices, measured(case)

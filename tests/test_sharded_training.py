@@ -34,9 +34,9 @@ Case = tuple[dict[str, Any], int, dict[str, Any]]
 MESHES: dict[str, Case] = {  # the mesh, key/value heads, other settings of the fit
     "all": ({"fsdp": 2, "tensor": 2}, 4, {"batch_size": 16, "accumulate": 2, "average": 0.5}),
     "sequence, few key heads": ({"sequence": 2, "tensor": 4}, 2, {}),
-    "auto": ({"fsdp": 2, "tensor": 2, "mode": "auto"}, 4, {"batch_size": 16, "accumulate": 2}),
 }
 MORE: dict[str, Case] = {
+    "auto": ({"fsdp": 2, "tensor": 2, "mode": "auto"}, 4, {"batch_size": 16, "accumulate": 2}),
     "data": ({}, 4, {}),
     "fsdp": ({"fsdp": 8}, 4, {"average": 0.5}),
     "tensor": ({"tensor": 8}, 8, {}),

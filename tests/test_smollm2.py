@@ -151,6 +151,7 @@ def test_retrieval_heads(retrieval):
     assert 12 <= (retrieval >= 0.1).sum() <= 30
 
 
+@pytest.mark.slow
 def test_masking_retrieval_heads_spoils_answers_but_not_text(
     smollm2, lookups, retrieval, short_text
 ):
