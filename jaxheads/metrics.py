@@ -10,56 +10,14 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import struct
 
 from jaxheads.model.batch import Answers, Batch
 from jaxheads.model.context import Edit
 from jaxheads.model.transformer import Transformer
+from jaxheads.token_scores import mean, token_scores
 
 Array = jax.Array
 Edits = Mapping[str, Edit]
-
-
-@struct.dataclass
-class TargetScores:
-    """How each target token is predicted, teacher forced.
-
-    Attributes:
-      losses: float32 [B,N], negative log-likelihood in nats.
-      right: bool [B,N], whether the target is the most likely token.
-      mask: bool [B,N], entries that stand for a target; the rest mean nothing.
-    """
-
-    losses: Array
-    right: Array
-    mask: Array
-
-
-def target_scores(
-    model: Transformer,
-    batch: Batch,
-    answers: Answers | None = None,
-    *,
-    edits: Edits | None = None,
-) -> TargetScores:
-    """Scores the target tokens of a batch.
-
-    Args:
-      model: the model.
-      batch: tokens; `targets` chooses what counts.
-      answers: `batch.answers()`; then only the targets are unembedded and N is their number.
-        Without it every position is, and N = T - 1.
-      edits: what to change.
-    """
-    if answers is None:
-        logits = model(batch, edits=edits).logits[:, :-1]
-        ids, mask = jnp.asarray(batch.tokens)[:, 1:], jnp.asarray(batch.target_mask)[:, 1:]
-    else:
-        logits = model(batch, edits=edits, logits_at=jnp.asarray(answers.slots)).logits
-        ids, mask = jnp.asarray(answers.ids), jnp.asarray(answers.mask)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
-    return TargetScores(losses, jnp.argmax(logits, axis=-1) == ids, mask)
 
 
 def next_token_loss(
@@ -70,8 +28,8 @@ def next_token_loss(
     edits: Edits | None = None,
 ) -> Array:
     """Mean negative log-likelihood of the batch's target tokens, in nats per token."""
-    scores = target_scores(model, batch, answers, edits=edits)
-    return jnp.sum(scores.losses, where=scores.mask) / jnp.maximum(scores.mask.sum(), 1)
+    scores, counted = token_scores(model, batch, answers, edits=edits)
+    return mean(scores.loss, counted)
 
 
 def perplexity(model: Transformer, batch: Batch, *, edits: Edits | None = None) -> Array:
@@ -141,18 +99,18 @@ def answer_scores(
 ) -> dict[str, Array]:
     """How well each row's target tokens are predicted, teacher forced.
 
-    Args are those of `target_scores`.
+    Args are those of `token_scores`.
 
     Returns:
       float32 [B] each: "loss", mean nats per target token; "token_accuracy", share of
       target tokens that are the most likely one; "exact", 1 where all of them are. NaN in
       a row without targets.
     """
-    scores = target_scores(model, batch, answers, edits=edits)
-    count = scores.mask.sum(axis=1)
-    right = jnp.sum(scores.right, axis=1, where=scores.mask)
+    scores, counted = token_scores(model, batch, answers, edits=edits)
+    count = counted.sum(axis=1)
+    right = jnp.sum(scores.right, axis=1, where=counted)
     return {
-        "loss": jnp.sum(scores.losses, axis=1, where=scores.mask) / count,
+        "loss": jnp.sum(scores.loss, axis=1, where=counted) / count,
         "token_accuracy": right / count,
         "exact": jnp.where(count > 0, right == count, jnp.nan),
     }

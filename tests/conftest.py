@@ -48,6 +48,24 @@ def quickly_compiled() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="module")
+def compiled_as_runs() -> Iterator[None]:
+    """For what is compared with `jaxheads train` in other processes (train_runs.py)."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A saved model, examples and texts for configs of `jaxheads train` (train_runs.py)."""
+    from train_runs import Inputs
+
+    inputs = Inputs(tmp_path_factory.mktemp("inputs"))
+    inputs.save_model()
+    return inputs
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct and its tokenizer, loaded once: `(model, tokenizer)`."""

@@ -10,8 +10,9 @@ import pytest
 from tiny import close, mostly_slow, tiny_model, tiny_tokens
 
 from jaxheads import Affine, Batch, Edits, next_token_loss
+from jaxheads.token_scores import next_tokens, over_slots, score
 from jaxheads.train.distillation import distillation_loss, hidden_loss
-from jaxheads.train.losses import language_loss, next_tokens, over_slots, score
+from jaxheads.train.losses import language_loss
 from jaxheads.train.preference import (
     Preferences,
     dpo_loss,

@@ -10,8 +10,8 @@ from jaxheads import tasks
 from jaxheads.methods import soft_injection
 from jaxheads.methods.measure import measure
 from jaxheads.methods.method import TaskData, placed
-from jaxheads.metrics import target_scores
 from jaxheads.model.batch import Batch
+from jaxheads.token_scores import token_scores
 from jaxheads.train.fit import Fit
 from jaxheads.train.job import Job
 from jaxheads.train.optimizer import Optimizer
@@ -94,10 +94,10 @@ def test_loss_acts_where_the_variant_is_placed(data):
     frozen = {"model": model, "embedding": embedding}
     loss, _ = soft_injection.injection_loss({"gates": gates}, frozen, given, None)
     tuned = soft_injection.injected(embedding, np.asarray(jax.nn.sigmoid(gates)))
-    scores = target_scores(model, *given, edits=placed(tuned, batch))
-    close(loss, scores.losses.mean())
-    everywhere = target_scores(model, *given, edits=tuned.edits)
-    assert abs(everywhere.losses.mean() - loss) > 1e-3
+    scores, _ = token_scores(model, *given, edits=placed(tuned, batch))
+    close(loss, scores.loss.mean())
+    everywhere, _ = token_scores(model, *given, edits=tuned.edits)
+    assert abs(everywhere.loss.mean() - loss) > 1e-3
 
 
 def test_gates_are_kept_on_the_way():

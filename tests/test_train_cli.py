@@ -8,10 +8,8 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from train_runs import (
@@ -31,19 +29,7 @@ from train_runs import (
     until,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled_like_the_other_processes() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    inputs = Inputs(tmp_path_factory.mktemp("inputs"))
-    inputs.save_model()
-    return inputs
+pytestmark = pytest.mark.usefixtures("compiled_as_runs")
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -32,19 +30,7 @@ from train_runs import (
 import jaxheads as jh
 from jaxheads.model.parameters import flatten
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled_like_the_other_processes() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    inputs = Inputs(tmp_path_factory.mktemp("inputs"))
-    inputs.save_model()
-    return inputs
+pytestmark = pytest.mark.usefixtures("compiled_as_runs")
 
 
 class Reference(NamedTuple):

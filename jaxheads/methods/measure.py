@@ -6,18 +6,17 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxheads.methods.method import Data, TaskData, Tuned, placed
+from jaxheads.metrics import answer_scores
 from jaxheads.model.batch import Batch
 from jaxheads.model.context import Edit
 from jaxheads.model.layout import whole
 from jaxheads.model.parameters import flatten, nest
 from jaxheads.model.transformer import Transformer
 from jaxheads.train.job import Job
-from jaxheads.train.losses import token_scores
 
 Array = jax.Array
 Tree = TypeVar("Tree")
@@ -128,13 +127,5 @@ def _rows_of(edits: Mapping[str, Edit] | None, taken: np.ndarray, rows: int) -> 
 def _scores(
     model: Transformer, batch: Batch, answers: Any, edits: Mapping[str, Edit] | None
 ) -> dict[str, Array]:
-    # As `metrics.answer_scores`, for tokens and a vocabulary that may be divided over a mesh.
-    scores, counted = token_scores(model, batch, answers, edits=edits)
-    count = jnp.sum(counted, axis=1)
-    right = jnp.sum(scores.right, axis=1, where=counted)
-    found = {
-        "loss": jnp.sum(scores.loss, axis=1, where=counted) / count,
-        "token_accuracy": right / count,
-        "exact": jnp.where(count > 0, right == count, jnp.nan),
-    }
-    return {name: whole(values, 0) for name, values in found.items()}
+    scores = answer_scores(model, batch, answers, edits=edits)
+    return {name: whole(values, 0) for name, values in scores.items()}

@@ -17,8 +17,7 @@ from jaxheads.model.batch import Batch
 from jaxheads.model.context import Edit
 from jaxheads.model.transformer import Transformer
 from jaxheads.sites import find_site
-from jaxheads.train.losses import (
-    Metrics,
+from jaxheads.token_scores import (
     before_logits,
     check_predicts,
     mean,
@@ -26,6 +25,7 @@ from jaxheads.train.losses import (
     over_slots,
     targets,
 )
+from jaxheads.train.losses import Metrics
 
 Array = jax.Array
 Edits = Mapping[str, Edit]

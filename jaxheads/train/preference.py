@@ -19,7 +19,8 @@ from jaxheads.model.batch import Batch, pack
 from jaxheads.model.context import Edit
 from jaxheads.model.transformer import Transformer
 from jaxheads.tasks.example import Tokenizer
-from jaxheads.train.losses import Metrics, mean, token_scores
+from jaxheads.token_scores import mean, token_scores
+from jaxheads.train.losses import Metrics
 
 Array = jax.Array
 Edits = Mapping[str, Edit]
