@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxheads.model.batch import Answers, Batch
-from jaxheads.model.context import Edit
+from jaxheads.model.context import Edit, Tap, TapsLike, as_taps
 from jaxheads.model.layout import axes_of, gathered, lay, whole
 from jaxheads.model.transformer import Transformer
 
 Array = jax.Array
 Edits = Mapping[str, Edit]
+_FINAL = "final, to be unembedded"
 
 
 @struct.dataclass
@@ -33,11 +34,13 @@ class TokenScores:
       loss: float32 [B,N], negative log-likelihood in nats.
       log_z: float32 [B,N], log of the sum of exp of the logits.
       right: bool [B,N], whether no token is more likely.
+      tapped: what `taps` handed back in the same pass, by name.
     """
 
     loss: Array
     log_z: Array
     right: Array
+    tapped: dict[str, Any] = struct.field(default_factory=dict)
 
 
 def token_scores(
@@ -48,6 +51,7 @@ def token_scores(
     edits: Edits | None = None,
     chunk: int | None = None,
     remat: str = "none",
+    taps: TapsLike = (),
 ) -> tuple[TokenScores, Array]:
     """Scores the token after each slot.
 
@@ -60,7 +64,7 @@ def token_scores(
       chunk: most slots of a row whose logits exist at one time; they are computed again in
         the backward pass. None for all at once. Values and gradients are the same.
       remat: what each block keeps for the backward pass; see `Transformer.__call__`.
-
+      taps: what to hand back of the pass; see `jaxheads.model.context.as_taps`.
 
     Returns:
       The scores, and bool [B,N], which of them count. N is T, or the number of answers.
@@ -76,10 +80,11 @@ def token_scores(
     read: dict[str, Any] = {"edits": edits, "remat": remat, "logits_at": slots}
     if chunk is None:
         check_predicts(model)
-        return score(model(batch, **read).logits, labels), counted
-    x, unembedding = before_logits(model, batch, **read)
+        out = model(batch, taps=taps, **read)
+        return score(out.logits, labels).replace(tapped=out.taps), counted  # type: ignore[attr-defined]
+    x, unembedding, tapped = before_logits(model, batch, taps=taps, **read)
     scores = over_slots(lambda x, ids: score(unembedding(x), ids), chunk, x, labels)
-    return scores, counted
+    return scores.replace(tapped=tapped), counted
 
 
 def next_tokens(batch: Batch) -> tuple[Array, Array]:
@@ -136,26 +141,33 @@ def check_predicts(model: Transformer) -> None:
 
 
 def before_logits(
-    model: Transformer, batch: Batch, *, edits: Edits | None = None, **read: Any
-) -> tuple[Array, Callable[[Array], Array]]:
-    """The site `final`, [B,T,D], and the map from parts of it to logits.
+    model: Transformer,
+    batch: Batch,
+    *,
+    edits: Edits | None = None,
+    taps: TapsLike = (),
+    **read: Any,
+) -> tuple[Array, Callable[[Array], Array], dict[str, Any]]:
+    """The site `final`, [B,T,D], the map from parts of it to logits, and what was tapped.
 
     For `over_slots`: the logits themselves are not computed. On a mesh the unembedding is
     gathered here, once, and in its own dtype, so that its gradient is summed over chunks in it.
 
     Raises:
-      ValueError: edits of logits, which would be left out; a model that does not predict.
+      ValueError: edits or taps of logits, which would be left out; a model that does not predict.
     """
     check_predicts(model)
-    if edits is not None and "logits" in edits:
-        raise ValueError("edits of 'logits' need all logits at once, expected chunk=None")
-    x = model(batch, edits=edits, taps="final", **read).taps["final"]
+    wanted = as_taps(taps)
+    if "logits" in (edits or {}) or any(tap.site == "logits" for tap in wanted.values()):
+        raise ValueError("edits and taps of 'logits' need all logits at once, expected chunk=None")
+    tapped = model(batch, edits=edits, taps=wanted | {_FINAL: Tap("final")}, **read).taps
+    x = tapped.pop(_FINAL)
 
     def gather(path: tuple[Any, ...], leaf: Array) -> Array:
         used = path[0].name == "unembed" or [key.name for key in path[:2]] == ["embed", "tokens"]
         return gathered(leaf, x, leaf.dtype) if used else leaf
 
-    return x, jax.tree_util.tree_map_with_path(gather, model).logits_of
+    return x, jax.tree_util.tree_map_with_path(gather, model).logits_of, tapped
 
 
 def over_slots(function: Callable[..., Any], chunk: int, *arrays: Array) -> Any:

@@ -7,9 +7,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from jaxheads.tasks.example import Example
 
-Kind = Literal["text", "examples"]
+Image = tuple[np.ndarray, int]
+Kind = Literal["text", "examples", "images"]
+
+
+_HOLDS = {"text": "texts", "examples": "prompts with answers", "images": "images"}
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,8 @@ class Source:
 
     Attributes:
       name: what was opened and which split, for messages.
-      kind: "text" (items are str) or "examples" (items are `tasks.Example`).
+      kind: "text" (items are str), "examples" (items are `tasks.Example`) or "images" (items are
+        float32 [height,width,C] in -1 to 1 and the number of a class).
       count: number of items.
       get: the item with a number from 0 to count - 1; files are read here, not before.
       label: what to call an item in a message, such as "data.jsonl:17".
@@ -28,7 +35,7 @@ class Source:
     name: str
     kind: Kind
     count: int
-    get: Callable[[int], str | Example]
+    get: Callable[[int], str | Example | Image]
     label: Callable[[int], str]
     fingerprint: str
 
@@ -36,7 +43,7 @@ class Source:
         """Number of items."""
         return self.count
 
-    def __getitem__(self, index: int) -> str | Example:
+    def __getitem__(self, index: int) -> str | Example | Image:
         """One item.
 
         Raises:
@@ -46,7 +53,7 @@ class Source:
             raise IndexError(f"item {index} of {self.name}, which has {self.count}")
         return self.get(index)
 
-    def __iter__(self) -> Iterator[str | Example]:
+    def __iter__(self) -> Iterator[str | Example | Image]:
         """All items in order."""
         return (self.get(index) for index in range(self.count))
 
@@ -57,7 +64,7 @@ class Source:
           ValueError: the source holds prompts with answers.
         """
         if self.kind != "text":
-            raise ValueError(f"{self.name} holds prompts with answers, expected texts")
+            raise ValueError(f"{self.name} holds {_HOLDS[self.kind]}, expected texts")
         return [item for item in self if isinstance(item, str)]
 
     def examples(self) -> list[Example]:
@@ -67,8 +74,21 @@ class Source:
           ValueError: the source holds texts.
         """
         if self.kind != "examples":
-            raise ValueError(f"{self.name} holds texts, expected prompts with answers")
+            raise ValueError(
+                f"{self.name} holds {_HOLDS[self.kind]}, expected prompts with answers"
+            )
         return [item for item in self if isinstance(item, Example)]
+
+    def images(self) -> tuple[np.ndarray, np.ndarray]:
+        """All items of a source of images: float32 [N,height,width,C] and int32 [N].
+
+        Raises:
+          ValueError: the source holds something else.
+        """
+        if self.kind != "images":
+            raise ValueError(f"{self.name} holds {_HOLDS[self.kind]}, expected images")
+        pairs = [item for item in self if isinstance(item, tuple)]
+        return np.stack([image for image, _ in pairs]), np.array([n for _, n in pairs], np.int32)
 
 
 def digest(parts: Iterable[object]) -> str:

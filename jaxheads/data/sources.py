@@ -13,13 +13,14 @@ from jaxheads.data.files import jsonl_source, text_source
 from jaxheads.data.source import Source, digest
 from jaxheads.names import choose, unknown
 
-KINDS = ("corpus", "task", "tfds", "text", "jsonl")
+KINDS = ("corpus", "task", "tfds", "text", "jsonl", "images")
 CORPORA = (corpus.NAME,)
 _OPTIONS = {
     "corpus": (),
     "tfds": ("text", "prompt", "answer"),
     "text": ("held_out", "unit"),
     "jsonl": ("held_out",),
+    "images": ("held_out", "seed"),
 }
 
 
@@ -30,7 +31,7 @@ def open_source(
     data_dir: str | os.PathLike[str] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Source:
-    """Opens texts, or prompts with answers.
+    """Opens texts, prompts with answers, or images of classes.
 
     | spec | what it is | options |
     |---|---|---|
@@ -39,6 +40,7 @@ def open_source(
     | `tfds:NAME[/CONFIG]` | a data set built by tfds as array_record | `text`, or `prompt` and `answer`: names of fields |
     | `text:PATH` | one text per file; PATH may be a glob pattern | `held_out` (0.1), `unit` ("file"; "block": between blank lines) |
     | `jsonl:PATH` | one object per line, with `text` or with `prompt` and `answer` | `held_out` (0.1) |
+    | `images:digits` | 1,797 handwritten digits of 8 x 8 pixels, with scikit-learn | `held_out` (0.2), `seed` (0) |
 
     Args:
       spec: "KIND:WHICH", one of the above.
@@ -71,6 +73,10 @@ def open_source(
     choose("split", split, SPLITS)
     if kind == "corpus":
         return _corpus(choose("corpus", which, CORPORA), split)
+    if kind == "images":
+        from jaxheads.data.images import open_images
+
+        return open_images(which, split, **chosen)
     held_out = chosen.get("held_out", 0.1)
     check_held_out(held_out)
     if kind == "text":

@@ -90,6 +90,8 @@ def encode_source(
     """
     tail = [] if packing.end is None else [packing.end]
     for index, item in enumerate(source):
+        if isinstance(item, tuple):
+            raise ValueError(f"{source.name} holds images, expected texts or prompts with answers")
         if isinstance(item, Example):
             parts = {
                 "prompt": tokenizer.encode(item.prompt),

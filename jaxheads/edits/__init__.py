@@ -15,6 +15,8 @@ from jaxheads.edits.dropout import Dropout, dropout
 from jaxheads.edits.edits import Edits
 from jaxheads.edits.kinds import Affine, AttendTo, Chain, Gated, LowRank, Mix, Project
 from jaxheads.edits.low_rank import lora, restrict_heads
+from jaxheads.edits.mixture import mixture_of_heads
+from jaxheads.edits.route import Route
 
 __all__ = [
     "Affine",
@@ -26,12 +28,14 @@ __all__ = [
     "LowRank",
     "Mix",
     "Project",
+    "Route",
     "attend_to",
     "clamp_neurons",
     "dropout",
     "head_mask",
     "lora",
     "mask_heads",
+    "mixture_of_heads",
     "offset_heads",
     "project_out",
     "restrict_heads",

@@ -83,7 +83,7 @@ def compile_run(run: Run, topology: str | None) -> dict[str, Any]:
     splits = open_splits(run.data, run.seed)
     made: Any = None
     if hasattr(run.method, "create"):
-        made, tokenizer = jax.eval_shape(_Hidden(run, splits[0].texts()))
+        made, tokenizer = jax.eval_shape(_Hidden(run, splits[0]))
         tokenizer = tokenizer.value
     else:
         config, tokenizer = load_config(run.model, run.dtype)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxheads import tasks
 from jaxheads.data import ArrayRows, Packing, Rows, Source, open_source, pack_source, prepare
-from jaxheads.methods.method import Data, TaskData, TextData
+from jaxheads.methods.method import Data, ImageData, TaskData, TextData
 from jaxheads.text import Tokenizer
 
 Scalar = str | int | float | bool
@@ -23,7 +24,7 @@ class DataSettings:
 
     Attributes:
       source: what `jaxheads.data.open_source` opens: "task:counterfactual_capitals",
-        "corpus:python-docs", "jsonl:PATH", "text:PATH", "tfds:NAME".
+        "corpus:python-docs", "jsonl:PATH", "text:PATH", "tfds:NAME", "images:digits".
       options: of the source, e.g. {count = 160, held_out = 0.25}. A task without a `seed` takes
         that of the run.
       length: T, tokens of a row; None for the longest example of a task, 128 of text.
@@ -66,13 +67,22 @@ def open_splits(settings: DataSettings, seed: int) -> tuple[Source, Source]:
 
 
 def encode_splits(
-    settings: DataSettings, splits: tuple[Source, Source], tokenizer: Tokenizer
+    settings: DataSettings, splits: tuple[Source, Source], tokenizer: Tokenizer | None
 ) -> Data:
-    """Both splits for a method.
+    """Both splits for a method; images need no tokenizer.
 
     Raises:
       ValueError: an example longer than `length`, or one without tokens.
     """
+    if splits[0].kind == "images":
+        sides = [source.images() for source in splits]
+        classes = 1 + max(int(labels.max()) for _, labels in sides)
+        train, held = (
+            ArrayRows(jax.tree.map(lambda leaf: leaf[: settings.limit], side)) for side in sides
+        )
+        return ImageData(train, held, classes)
+    if tokenizer is None:
+        raise ValueError(f"{splits[0].name} needs a tokenizer, and the model has none")
     if splits[0].kind == "examples":
         return _examples(settings, splits, tokenizer)
     packing = Packing(length=settings.length or 128, end=tokenizer.eos_id)

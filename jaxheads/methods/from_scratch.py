@@ -129,7 +129,7 @@ class FromScratch:
                 f"ends a text, got {self.vocabulary}"
             )
 
-    def create(self, texts: Iterable[str], seed: int) -> tuple[Transformer, Tokenizer]:
+    def create(self, texts: Iterable[Any], seed: int) -> tuple[Transformer, Tokenizer]:
         """The random model that training starts from, and its tokenizer.
 
         Args:
@@ -137,8 +137,11 @@ class FromScratch:
           seed: of the parameters.
 
         Raises:
-          ValueError: as `find_tokenizer`, `learn_tokenizer` and `Shape.config`.
+          ValueError: as `find_tokenizer`, `learn_tokenizer` and `Shape.config`; what is no text.
         """
+        texts = list(texts)
+        if other := next((one for one in texts if not isinstance(one, str)), None):
+            raise ValueError(f"a language model is made from texts, got {type(other).__name__}")
         if self.tokenizer is None:
             tokenizer = learn_tokenizer(texts, self.vocabulary)
         else:

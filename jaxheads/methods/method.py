@@ -55,7 +55,22 @@ class TextData:
     texts: Sequence[str] = ()
 
 
-Data = TaskData | TextData
+@dataclass(frozen=True)
+class ImageData:
+    """Images of classes.
+
+    Attributes:
+      train: rows to learn from; an item is (float32 [N,height,width,C] in -1 to 1, int32 [N]).
+      held_out: rows to measure on.
+      classes: how many there are.
+    """
+
+    train: Rows
+    held_out: Rows
+    classes: int
+
+
+Data = TaskData | TextData | ImageData
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,13 @@ class Tuned:
 
 
 class Method(Protocol):
-    """A frozen dataclass of settings, with this function."""
+    """A frozen dataclass of settings, with this function.
+
+    It may have others that a run asks for: `create(source, seed) -> (model, tokenizer)`, of a
+    method that makes its own model from the training data; `measure(job, model, data, tuned)`
+    instead of `jaxheads.methods.measure.measure`; and `examine(model, tokenizer, data, tuned)`,
+    whose JSON is kept as examination.json for the report.
+    """
 
     def train(
         self, job: Job, model: Transformer, tokenizer: Tokenizer, data: Any

@@ -18,6 +18,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "iti": "iti.ITI",
         "lofit": "lofit.Lofit",
         "lora": "lora.Lora",
+        "moh": "moh.Moh",
         "precise_heads": "precise_heads.PreciseHeads",
         "soft_injection": "soft_injection.SoftInjection",
     }

@@ -1,7 +1,8 @@
 """A whole run of a method in a folder: data, training, controls, held-out results.
 
 Writes config.json, metrics.jsonl, checkpoints/, edits.safetensors or model/ (what was trained),
-scores.json (by which heads were chosen) and, last, results.json. A run that was interrupted goes
+scores.json (by which heads were chosen), examination.json (what a method looked at besides) and,
+last, results.json. A run that was interrupted goes
 on from its newest checkpoints.
 """
 
@@ -25,7 +26,7 @@ from jaxheads.files import write_json
 from jaxheads.methods.data import DataSettings, encode_splits, open_splits
 from jaxheads.methods.fine_tuning import Rest
 from jaxheads.methods.measure import apply, measure, readable
-from jaxheads.methods.method import Data, TaskData, Tuned
+from jaxheads.methods.method import Data, ImageData, TaskData, Tuned
 from jaxheads.methods.registry import find_method, name_of
 from jaxheads.model import ModelConfig, Transformer
 from jaxheads.model.batch import Batch
@@ -44,6 +45,7 @@ from jaxheads.train.writers import Writer
 
 T = TypeVar("T")
 RESULTS, SCORES, EDITS, MODEL = "results.json", "scores.json", "edits.safetensors", "model"
+EXAMINATION = "examination.json"
 FROZEN = "frozen"
 """The name of the unchanged model among the variants."""
 
@@ -129,7 +131,7 @@ class Prepared:
     """A run with its model and data, before training."""
 
     model: Transformer
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     data: Data
     neighbours: Mapping[str, Data]
 
@@ -192,7 +194,7 @@ def prepare_run(run: Run, load: Load, mesh: jax.sharding.Mesh | None = None) -> 
     more = {name: dataclasses.replace(run.data, source=name, options={}) for name in run.neighbours}
     opened = {name: open_splits(settings, run.seed) for name, settings in more.items()}
     if hasattr(run.method, "create"):
-        model, tokenizer = run.method.create(splits[0].texts(), run.seed)
+        model, tokenizer = run.method.create(splits[0], run.seed)
     else:
         where = None if mesh is None else placement(mesh, parse_rules(run.sharding))
         model, tokenizer = load(where)
@@ -238,11 +240,12 @@ def train(
     tuned = dict(run.method.train(job, ready.model, ready.tokenizer, ready.data))
     seconds = time.perf_counter() - begin
     main = next(iter(tuned))
+    measured = getattr(run.method, "measure", measure)
     variants = {}
     for name, variant in {FROZEN: Tuned(), **tuned}.items():
         on_measure(name)
         variants[name] = {
-            "held_out": measure(job, ready.model, ready.data, variant),
+            "held_out": measured(job, ready.model, ready.data, variant),
             "neighbours": {
                 neighbour: measure(job, ready.model, data, variant)
                 for neighbour, data in ready.neighbours.items()
@@ -259,7 +262,14 @@ def train(
         "environment": _environment(),
     }
     _write(workdir, tuned[main], ready, workdir if home is None else home)
+    examined = None
+    if hasattr(run.method, "examine"):
+        examined = run.method.examine(
+            ready.model, ready.tokenizer, ready.data, readable(tuned[main])
+        )
     if jax.process_index() == 0:
+        if examined is not None:
+            write_json(workdir / EXAMINATION, examined)
         write_json(workdir / RESULTS, results)
     return results
 
@@ -339,6 +349,8 @@ def _sizes(data: Data) -> dict[str, int]:
 
 
 def _check_length(name: str, data: Data, config: ModelConfig) -> None:
+    if isinstance(data, ImageData):
+        return
     batch: Any = data.train_batch if isinstance(data, TaskData) else data.train[np.arange(1)]
     length = batch.tokens.shape[1]
     if config.context_length and length > config.context_length:

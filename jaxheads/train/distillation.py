@@ -81,8 +81,8 @@ def distillation_loss(
         theirs = teacher(batch, edits=teacher_edits).logits
         divergence, same = _divergence(ours, theirs, temperature)
     else:
-        ours, unembed = before_logits(student, batch, edits=edits, remat=remat)
-        theirs, teacher_unembed = before_logits(teacher, batch, edits=teacher_edits)
+        ours, unembed, _ = before_logits(student, batch, edits=edits, remat=remat)
+        theirs, teacher_unembed, _ = before_logits(teacher, batch, edits=teacher_edits)
 
         def compare(x: Array, y: Array) -> tuple[Array, Array]:
             return _divergence(unembed(x), teacher_unembed(y), temperature)

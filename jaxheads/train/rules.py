@@ -171,6 +171,10 @@ def _edit_rules() -> tuple[Rule, ...]:
             read = tuple(_DIVIDED.get(axis) for axis in find_site(BETWEEN[site.name][1]).axes[2:])
             rules.append(Rule(rf"{name}/down", (None, *read, None)))
             rules.append(Rule(rf"{name}/up", (None, None, *axes[2:]), small))
+    # `Route`, under its site or, where its weights are trained beside parameters, under "route".
+    route = rf"(({prefix}z{inside})|cross\.z{inside}|route)"
+    rules.append(Rule(rf"{route}/(router|shared_router)", (None, None, "tensor")))
+    rules.append(Rule(rf"{route}/(shared|top_k|balance|keys)", None))
     return tuple(rules)
 
 

@@ -1,0 +1,240 @@
+"""`Route`: per-token gates over heads, mixture-of-head attention as an edit of `z`.
+
+Source: Jin et al. (2024), "MoH: Multi-Head Attention as Mixture-of-Head Attention", and its
+released code. Some heads of a layer are shared: on at every token. Of the others, the routed ones,
+each token keeps the K with the highest router probability. The output projection then sums
+g_h z_h W_O^h over heads (eq. 3), with gates g that are zero where a head was not chosen.
+
+With x the input of attention (`attn_in`), p = softmax(router scores) over the routed heads,
+s = softmax(x W_s) over the shared ones and [a1, a2] = softmax(x W_h), the documented gates are:
+
+| gates | shared head | chosen routed head | where from |
+|---|---|---|---|
+| `two_stage` | a1 s | a2 p | the paper, eqs. 5 and 6 |
+| `renormalised` | 2 a1 n s | 2 a2 K p / (sum of p over the chosen) | released ViT and DiT code |
+| `straight_through` | 1 | 1, with the gradient of p | LLaMA3-8B continue-tuning |
+
+n is the number of shared heads. With weights of zero, `renormalised` gates are 1 at every active
+head. Layers in which all heads are shared, or none, have no a1 and a2 (a factor of 1 instead).
+
+The gradient of `straight_through` gates is that of p at every routed head, also at those that were
+not chosen (Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons").
+
+Ties go to the head with the lower index, as in `jax.lax.top_k`. A token whose scores are NaN has
+gates of NaN at its routed heads, in every form: a choice among them would mean nothing, and a
+training step that meets it stops.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxheads.model.context import Context
+from jaxheads.model.layout import axes_of, contract, lay, whole
+from jaxheads.names import choose
+
+Array = jax.Array
+
+GATES = ("two_stage", "renormalised", "straight_through")
+SCORES = ("linear", "query_norm", "random")
+
+
+@struct.dataclass
+class Routing:
+    """What a router decides at each token.
+
+    Attributes:
+      probabilities: float32 [B,T,H], softmax over the routed heads; 0 at shared ones.
+      chosen: bool [B,T,H], the heads that are on: the shared ones and the K routed.
+      gates: float32 [B,T,H], 0 where not chosen.
+      log_z: float32 [B,T], log of the sum of exp of the router's scores.
+    """
+
+    probabilities: Array
+    chosen: Array
+    gates: Array
+    log_z: Array
+
+
+@struct.dataclass
+class Route:
+    """z * gates: each token uses the shared heads and the K best of the others.
+
+    For the site `z` (or `cross.z`). See the module for the gates. In the block stack the leading
+    axis L is sliced away.
+
+    Attributes:
+      shared: bool [L,H], heads that are always on.
+      top_k: int32 [L], K, how many of the others each token keeps.
+      router: float32 [L,D,H], W_r of a "linear" router; the columns of shared heads are unused.
+      shared_router: float32 [L,D,H], W_s; None with `straight_through` gates.
+      balance: float32 [L,D,2], W_h; None with `straight_through` gates.
+      keys: uint32 [L,2], the data of random keys of a "random" router: scores are drawn for
+        each row and slot, whatever is there. A control.
+      gates: one of `GATES`. Static.
+      scores: one of `SCORES`. Static. "query_norm" has no weights: the norms of the queries
+        before their position encoding, divided by their unbiased standard deviation over the
+        routed heads of the token.
+    """
+
+    shared: Array
+    top_k: Array
+    router: Array | None = None
+    shared_router: Array | None = None
+    balance: Array | None = None
+    keys: Array | None = None
+    gates: str = struct.field(pytree_node=False, default="renormalised")
+    scores: str = struct.field(pytree_node=False, default="linear")
+
+    def __call__(self, value: Array, context: Context) -> Array:
+        """Returns z [B,T,H,Dh] times the gates.
+
+        Raises:
+          ValueError: a router made for other sizes than the model's.
+        """
+        gates = lay(self.routing(context).gates, axes_of(value)[:3])
+        return value * gates[..., None].astype(value.dtype)
+
+    def routing(self, context: Context) -> Routing:
+        """What is decided at the tokens of a block, of values known before attention.
+
+        Args:
+          context: knows `attn_in` [B,T,D] and `q_pre` [B,T,H,Dh].
+
+        Raises:
+          ValueError: a router made for other sizes than the model's.
+        """
+        choose("gates", self.gates, GATES)
+        self._check(context)
+        scores = self._scores(context)
+        among = ~self.shared
+        probabilities = softmax_among(scores, among)
+        picked = top_k_among(probabilities, self.top_k, among)
+        chosen = picked | self.shared
+        gates = self._gates(context, probabilities, picked)
+        log_z = jax.nn.logsumexp(jnp.where(among, scores, -jnp.inf), axis=-1)
+        # Without routed heads there is nothing to normalise.
+        log_z = jnp.where(among.any(), log_z, 0.0)
+        return Routing(probabilities, chosen, gates, log_z)
+
+    def _scores(self, context: Context) -> Array:
+        """float32 [B,T,H], on every device of a mesh whole over heads."""
+        choose("scores", self.scores, SCORES)
+        if self.scores == "query_norm":
+            return whole(query_norms(context.q_pre, ~self.shared), 2)
+        if self.scores == "linear":
+            assert self.router is not None
+            return whole(_linear(context.attn_in, self.router), 2)
+        assert self.keys is not None
+        key = jax.random.wrap_key_data(self.keys)
+        shape = (*context.attn_in.shape[:2], self.shared.shape[0])
+        return lay(jax.random.uniform(key, shape), (*axes_of(context.attn_in)[:2], ()))
+
+    def _gates(self, context: Context, probabilities: Array, picked: Array) -> Array:
+        if self.gates == "straight_through":
+            # Adding zero with a gradient: the value stays exactly 0 or 1.
+            through = probabilities - jax.lax.stop_gradient(probabilities)
+            return jnp.where(self.shared, 1.0, picked.astype(jnp.float32) + through)
+        assert self.shared_router is not None and self.balance is not None
+        x = context.attn_in
+        shared = softmax_among(whole(_linear(x, self.shared_router), 2), self.shared)
+        routed = probabilities
+        parts = jax.nn.softmax(_linear(x, self.balance), axis=-1)
+        if self.gates == "renormalised":
+            kept = jnp.sum(jnp.where(picked, routed, 0.0), axis=-1, keepdims=True)
+            routed = routed * self.top_k / jnp.where(kept > 0, kept, 1.0)
+            shared, parts = shared * jnp.sum(self.shared), 2 * parts
+        both = jnp.any(self.shared) & (self.top_k > 0)
+        parts = jnp.where(both, parts, 1.0)
+        routed = jnp.where(picked, parts[..., 1:] * routed, 0.0)
+        return jnp.where(self.shared, parts[..., :1] * shared, routed)
+
+    def _check(self, context: Context) -> None:
+        heads, width = context.config.n_heads, context.config.d_model
+        expected = {
+            "shared": (heads,),
+            "top_k": (),
+            "router": (width, heads),
+            "shared_router": (width, heads),
+            "balance": (width, 2),
+        }
+        for name, shape in expected.items():
+            leaf = getattr(self, name)
+            if leaf is not None and jnp.shape(leaf) != shape:
+                raise ValueError(
+                    f"{name} has shape {jnp.shape(leaf)} per layer, expected {shape} of this "
+                    "model: the router was made for another one"
+                )
+        wanted = {"linear": "router", "random": "keys"}.get(self.scores)
+        needed = [wanted] if wanted else []
+        if self.gates != "straight_through":
+            needed += ["shared_router", "balance"]
+        for name in needed:
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"{name} is missing: scores={self.scores!r} and gates={self.gates!r} need it"
+                )
+
+
+def softmax_among(scores: Array, among: Array) -> Array:
+    """Softmax over the last axis of float32 scores [...,E], among some: 0 at the others.
+
+    Where there are none, all are 0.
+
+    Args:
+      scores: [...,E].
+      among: bool that broadcasts to it.
+    """
+    # Finite, so that no heads at all give zeros and not NaN.
+    weights = jax.nn.softmax(jnp.where(among, scores, -1e30), axis=-1)
+    return jnp.where(among, weights, 0.0)
+
+
+def top_k_among(scores: Array, k: Array | int, among: Array | bool = True) -> Array:
+    """bool [...,E], True at the k highest scores [...,E] among some.
+
+    Equal to `jax.lax.top_k`, ties to the lower index, but k may be an array that broadcasts to
+    [...], so that layers with different k share a program; and nothing is sorted: a place is the
+    number of scores ahead of it.
+
+    Args:
+      scores: [...,E].
+      k: how many.
+      among: bool that broadcasts to `scores`; the others are never chosen.
+    """
+    scores = jnp.where(among, jax.lax.stop_gradient(scores), -jnp.inf)
+    index = jnp.arange(scores.shape[-1])
+    mine, other = scores[..., :, None], scores[..., None, :]
+    ahead = (other > mine) | ((other == mine) & (index < index[:, None]))
+    place = jnp.sum(ahead, axis=-1)
+    return (place < jnp.expand_dims(jnp.asarray(k), -1)) & among
+
+
+def query_norms(q: Array, among: Array) -> Array:
+    """The parameter-free router: norms of queries, divided by their deviation over some heads.
+
+    Source: card of the LLaMA3-8B release of MoH; queries before rotary encoding, the unbiased
+    standard deviation over the routed heads of a token.
+
+    Args:
+      q: [B,T,H,Dh].
+      among: bool [H], the routed heads.
+
+    Returns:
+      float32 [B,T,H].
+    """
+    squares = jnp.sum(jnp.square(q.astype(jnp.float32)), axis=-1)
+    # The norm has no gradient at zero; a query of zero gets none.
+    norms = jnp.sqrt(jnp.where(squares > 0, squares, 1.0)) * (squares > 0)
+    count = jnp.sum(among)
+    mean = jnp.sum(jnp.where(among, norms, 0), axis=-1, keepdims=True) / jnp.maximum(count, 1)
+    spread = jnp.sum(jnp.where(among, jnp.square(norms - mean), 0), axis=-1, keepdims=True)
+    variance = spread / jnp.maximum(count - 1, 1)
+    return norms / jnp.sqrt(jnp.where(variance > 0, variance, 1.0))
+
+
+def _linear(x: Array, weight: Array) -> Array:
+    """float32 [B,T,E] of x [B,T,D] and weight [D,E]: routers do not round to bfloat16."""
+    return contract("btd,de->bte", x.astype(jnp.float32), weight.astype(jnp.float32))
