@@ -181,7 +181,7 @@ def test_chunks_save_the_memory_of_the_logits():
     [
         ({}, {"z_loss": -1.0}, "z_loss must be at least 0, got -1.0"),
         ({}, {"chunk": 0}, "chunk must be at least 1 slot, got 0"),
-        ({}, {"chunk": 4, "edits": offsets}, "edits of 'logits' need all logits at once"),
+        ({}, {"chunk": 4, "edits": offsets}, "edits and taps of 'logits' need all logits at once"),
         ({"head": "none"}, {}, "does not predict the next token"),
         ({"causal": False}, {"chunk": 4}, "does not predict the next token"),
     ],

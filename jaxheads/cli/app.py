@@ -15,6 +15,7 @@ COMMANDS: Mapping[str, str] = {
     "heads": "Score every head: retrieval, induction, previous token, duplicate token.",
     "sweep": "Change every head, one at a time, and measure what that does.",
     "circuit": "Find the edges between heads that carry a behaviour.",
+    "routes": "Show which heads a router chooses, and at which tokens.",
     "eval": "Measure a model on a task, with and without edits.",
     "generate": "Continue a prompt, with or without edits.",
     "train": "Find the heads a task needs and train offsets for them (LoFiT).",

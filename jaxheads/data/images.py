@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxheads.data.division import check_held_out
+from jaxheads.data.division import SPLITS, check_held_out
 from jaxheads.data.source import Source, digest
 from jaxheads.names import choose
 
@@ -25,10 +25,14 @@ def open_images(name: str, split: str, *, held_out: float = 0.2, seed: int = 0) 
       seed: of the division.
 
     Raises:
-      ValueError: an unknown name, a share outside (0, 1), scikit-learn is not installed.
+      ValueError: an unknown name or split, a share outside (0, 1), a seed that is no number
+        from 0, scikit-learn is not installed.
     """
     choose("set of images", name, IMAGES)
+    choose("split", split, SPLITS)
     check_held_out(held_out)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
     try:
         from sklearn.datasets import load_digits  # an extra
     except ImportError as error:

@@ -13,6 +13,7 @@ from jaxheads.edits.build import (
 )
 from jaxheads.edits.dropout import Dropout, dropout
 from jaxheads.edits.edits import Edits
+from jaxheads.edits.experts import Experts, OwnTokens
 from jaxheads.edits.kinds import Affine, AttendTo, Chain, Gated, LowRank, Mix, Project
 from jaxheads.edits.low_rank import lora, restrict_heads
 from jaxheads.edits.mixture import mixture_of_heads
@@ -24,9 +25,11 @@ __all__ = [
     "Chain",
     "Dropout",
     "Edits",
+    "Experts",
     "Gated",
     "LowRank",
     "Mix",
+    "OwnTokens",
     "Project",
     "Route",
     "attend_to",

@@ -23,7 +23,8 @@ def active_layers(edit: Any, n_layers: int) -> np.ndarray:
       bool [N,L], False where an edit leaves the layer exactly as it is. Kinds that are not
       built in count as active everywhere.
     """
-    return np.ones((len(jax.tree.leaves(edit)[0]), n_layers), bool)
+    leaves = jax.tree.leaves(edit)
+    return np.ones((len(leaves[0]) if leaves else 1, n_layers), bool)
 
 
 @active_layers.register

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxheads.edits.experts import Experts, OwnTokens
 from jaxheads.edits.route import Route
 from jaxheads.model.context import Context, Edit
 from jaxheads.model.layout import contract, gathered
@@ -230,7 +231,19 @@ class Chain:
 
 
 KINDS: dict[str, type] = {
-    kind.__name__: kind for kind in (Affine, Mix, Project, LowRank, Route, AttendTo, Gated, Chain)
+    kind.__name__: kind
+    for kind in (
+        Affine,
+        Mix,
+        Project,
+        LowRank,
+        Route,
+        Experts,
+        OwnTokens,
+        AttendTo,
+        Gated,
+        Chain,
+    )
 }
 """The built-in kinds by name, as files refer to them."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def mixture_of_heads(
     always = shared_heads(config, shared)
     counts = _top_k(config, always, top_k, share)
     layers, heads, width = config.n_layers, config.n_heads, config.d_model
-    weights: dict[str, Array] = {}
+    weights: dict[str, Any] = {}
     if scores != "query_norm":
         if key is None:
             raise ValueError(f"scores={scores!r} need a random key, got None")
@@ -88,6 +89,8 @@ def shared_heads(config: ModelConfig, shared: int | Sequence[int] | Heads) -> np
     counts: Sequence[int]
     if isinstance(shared, int | np.integer):
         counts = [int(shared)] * layers
+    elif not isinstance(shared, Iterable):
+        raise ValueError(f"shared must be integers or (layer, head) pairs, got {shared!r}")
     else:
         listed = list(shared)
         if not all(isinstance(one, int | np.integer) for one in listed) or not listed:
@@ -116,10 +119,10 @@ def _top_k(
         counts = np.full(config.n_layers, top_k)
     else:
         counts = np.asarray(top_k)
-        if counts.shape != (config.n_layers,):
+        if counts.shape != (config.n_layers,) or counts.dtype.kind not in "iu":
             raise ValueError(
-                f"top_k has shape {counts.shape}, expected one number for each of the "
-                f"{config.n_layers} layers"
+                f"top_k has shape {counts.shape} of {counts.dtype}, expected one integer for each "
+                f"of the {config.n_layers} layers"
             )
     for layer, (count, most) in enumerate(zip(counts, routed, strict=True)):
         if not 0 <= count <= most:

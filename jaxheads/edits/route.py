@@ -5,8 +5,9 @@ released code. Some heads of a layer are shared: on at every token. Of the other
 each token keeps the K with the highest router probability. The output projection then sums
 g_h z_h W_O^h over heads (eq. 3), with gates g that are zero where a head was not chosen.
 
-With x the input of attention (`attn_in`), p = softmax(router scores) over the routed heads,
-s = softmax(x W_s) over the shared ones and [a1, a2] = softmax(x W_h), the documented gates are:
+With x the input of attention (`attn_in`, `cross.attn_in` for `cross.z`), p = softmax(router scores)
+over the routed heads, s = softmax(x W_s) over the shared ones and [a1, a2] = softmax(x W_h),
+the documented gates are:
 
 | gates | shared head | chosen routed head | where from |
 |---|---|---|---|
@@ -27,10 +28,14 @@ training step that meets it stops.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
+from jaxheads.model.chosen import Logits, attend_chosen, check_alone
 from jaxheads.model.context import Context
 from jaxheads.model.layout import axes_of, contract, lay, whole
 from jaxheads.names import choose
@@ -39,6 +44,8 @@ Array = jax.Array
 
 GATES = ("two_stage", "renormalised", "straight_through")
 SCORES = ("linear", "query_norm", "random")
+PLACES = ("z", "cross.z")
+"""The sites where heads can be routed."""
 
 
 @struct.dataclass
@@ -77,6 +84,8 @@ class Route:
       scores: one of `SCORES`. Static. "query_norm" has no weights: the norms of the queries
         before their position encoding, divided by their unbiased standard deviation over the
         routed heads of the token.
+      skip: (queries of a block, most heads on at a token in any layer) where heads that are not
+        chosen are not computed, see `skipping`; None for the masked form. Static.
     """
 
     shared: Array
@@ -87,21 +96,95 @@ class Route:
     keys: Array | None = None
     gates: str = struct.field(pytree_node=False, default="renormalised")
     scores: str = struct.field(pytree_node=False, default="linear")
+    skip: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
 
     def __call__(self, value: Array, context: Context) -> Array:
         """Returns z [B,T,H,Dh] times the gates.
 
         Raises:
-          ValueError: a router made for other sizes than the model's.
+          ValueError: another site than `PLACES`; a router made for other sizes than the model's;
+            one that skips heads, with other edits of the site.
         """
+        choose("site of a Route", context.site, PLACES)
+        if self.skip is not None and value.shape[1] > self.skip[0]:
+            raise ValueError(
+                "a Route that skips heads must be the only edit of its site, without `when`: "
+                "there is no z for another one to change. Use the Route without skipping()"
+            )
         gates = lay(self.routing(context).gates, axes_of(value)[:3])
         return value * gates[..., None].astype(value.dtype)
+
+    def skipping(self, block: int = 128) -> Route:
+        """The same router, run without computing the heads that a token did not choose.
+
+        The values are those of the masked form; see `jaxheads.model.chosen` for what is saved,
+        and for the gradient of `straight_through` gates, which differs. Sequences of up to
+        `block` tokens, as in decoding, take the masked form.
+
+        Args:
+          block: queries of one head that are computed together: short against T A / H, the mean
+            number of tokens at which a head is on, and long enough for fast matrix products.
+
+        Raises:
+          ValueError: a block of no queries, or numbers of heads that are not known because the
+            router is traced.
+        """
+        if block < 1:
+            raise ValueError(f"block must be at least 1, got {block}")
+        if isinstance(self.shared, jax.core.Tracer) or isinstance(self.top_k, jax.core.Tracer):
+            raise ValueError(
+                "skipping() must know how many heads stay on, which are traced here: call it "
+                "outside of jit"
+            )
+        most = np.sum(np.asarray(self.shared), axis=-1) + np.asarray(self.top_k)
+        return dataclasses.replace(self, skip=(block, int(most.max())))
+
+    def attend(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        weight: Array,
+        context: Context,
+        allowed: Array,
+        bias: Array | None,
+        prefix: str,
+    ) -> Array:
+        """Attention of the chosen heads through `weight`, W_O [H,Dh,D], of a Route that skips.
+
+        Args:
+          q: [B,T,H,Dh].
+          k: [B,S,K,Dh].
+          v: [B,S,K,Dh].
+          weight: [H,Dh,D].
+          context: the place in the computation.
+          allowed: bool [B,1,T or 1,S].
+          bias: [1 or B,H,T,S], or None.
+          prefix: of the names of the sites: "" or "cross.".
+
+        Returns:
+          [B,T,D]; zero at padding.
+
+        Raises:
+          ValueError: something else edits, taps or reads what is not computed; heads or tokens
+            are divided over a mesh.
+        """
+        assert self.skip is not None
+        check_alone(context, prefix)
+        block, most = self.skip
+        routing = self.routing(dataclasses.replace(context, site=prefix + "z"))
+        logits = Logits(context.config.attn_scale, context.config.attn_softcap)
+        return attend_chosen(
+            q, k, v, weight, routing.chosen & context.token_mask[..., None], routing.gates,
+            allowed, bias, block=block, most=most, logits=logits,
+        )  # fmt: skip
 
     def routing(self, context: Context) -> Routing:
         """What is decided at the tokens of a block, of values known before attention.
 
         Args:
-          context: knows `attn_in` [B,T,D] and `q_pre` [B,T,H,Dh].
+          context: knows `attn_in` [B,T,D] and `q_pre` [B,T,H,Dh]; at a site under "cross." their
+            counterparts `cross.attn_in` and `cross.q` (no position encoding there).
 
         Raises:
           ValueError: a router made for other sizes than the model's.
@@ -123,14 +206,22 @@ class Route:
         """float32 [B,T,H], on every device of a mesh whole over heads."""
         choose("scores", self.scores, SCORES)
         if self.scores == "query_norm":
-            return whole(query_norms(context.q_pre, ~self.shared), 2)
+            q = getattr(context, "cross.q") if _crosses(context) else context.q_pre
+            return whole(query_norms(q, ~self.shared), 2)
         if self.scores == "linear":
             assert self.router is not None
-            return whole(_linear(context.attn_in, self.router), 2)
+            return whole(_linear(_input(context), self.router), 2)
         assert self.keys is not None
-        key = jax.random.wrap_key_data(self.keys)
-        shape = (*context.attn_in.shape[:2], self.shared.shape[0])
-        return lay(jax.random.uniform(key, shape), (*axes_of(context.attn_in)[:2], ()))
+        x = _input(context)
+        rows, length = x.shape[:2]
+        # A key for each slot of the whole sequence: a step of decoding draws what a pass over
+        # the whole sequence draws there.
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(
+            jax.random.wrap_key_data(self.keys), context.start + jnp.arange(length)
+        )
+        shape = (rows, self.shared.shape[0])
+        drawn = jax.vmap(lambda key: jax.random.uniform(key, shape), out_axes=1)(keys)
+        return lay(drawn, (*axes_of(x)[:2], ()))
 
     def _gates(self, context: Context, probabilities: Array, picked: Array) -> Array:
         if self.gates == "straight_through":
@@ -138,7 +229,7 @@ class Route:
             through = probabilities - jax.lax.stop_gradient(probabilities)
             return jnp.where(self.shared, 1.0, picked.astype(jnp.float32) + through)
         assert self.shared_router is not None and self.balance is not None
-        x = context.attn_in
+        x = _input(context)
         shared = softmax_among(whole(_linear(x, self.shared_router), 2), self.shared)
         routed = probabilities
         parts = jax.nn.softmax(_linear(x, self.balance), axis=-1)
@@ -233,6 +324,15 @@ def query_norms(q: Array, among: Array) -> Array:
     spread = jnp.sum(jnp.where(among, jnp.square(norms - mean), 0), axis=-1, keepdims=True)
     variance = spread / jnp.maximum(count - 1, 1)
     return norms / jnp.sqrt(jnp.where(variance > 0, variance, 1.0))
+
+
+def _crosses(context: Context) -> bool:
+    return context.site.startswith("cross.")
+
+
+def _input(context: Context) -> Array:
+    """[B,T,D], what the attention that is routed reads."""
+    return getattr(context, "cross.attn_in") if _crosses(context) else context.attn_in
 
 
 def _linear(x: Array, weight: Array) -> Array:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxheads.convert.load import load_config
 from jaxheads.data import Rows
 from jaxheads.methods.data import encode_splits, open_splits
-from jaxheads.methods.run import Run, make_job, mesh_for
+from jaxheads.methods.run import Run, check_kinds, make_job, mesh_for
 from jaxheads.model.parameters import nest, parameter_table
 from jaxheads.model.transformer import Transformer
 from jaxheads.train.fit import Fit
@@ -81,6 +81,7 @@ def compile_run(run: Run, topology: str | None) -> dict[str, Any]:
     devices = jax.devices() if topology is None else Topology.parse(topology).devices()
     mesh = mesh_for(run, devices)
     splits = open_splits(run.data, run.seed)
+    check_kinds(run.method, [splits])
     made: Any = None
     if hasattr(run.method, "create"):
         made, tokenizer = jax.eval_shape(_Hidden(run, splits[0]))

@@ -87,6 +87,8 @@ class Tuned:
         prompt's last token only ("prompt_end").
       scores: [L,H], by which the heads were chosen.
       model: a whole new model, of a method that makes one.
+      beside: weights of the method's own that are no part of the model, a nested dict; saved as
+        beside.safetensors under their paths, such as "head/kernel".
     """
 
     edits: Edits | None = None
@@ -96,6 +98,7 @@ class Tuned:
     acts: str = "everywhere"
     scores: np.ndarray | None = None
     model: Transformer | None = None
+    beside: Tree | None = None
 
 
 class Method(Protocol):

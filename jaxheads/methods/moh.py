@@ -23,28 +23,33 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from jaxheads.data.rows import ArrayRows
 from jaxheads.edits import Edits, Route, mixture_of_heads
 from jaxheads.edits.mixture import layer_keys
 from jaxheads.edits.route import GATES, SCORES
 from jaxheads.methods.fine_tuning import Rest, as_stored, in_float32, parameters_loss
-from jaxheads.methods.method import Data, Tuned
+from jaxheads.methods.measure import apply, readable
+from jaxheads.methods.method import Data, TaskData, Tuned
 from jaxheads.methods.objective import fit_loss, rows_of
 from jaxheads.model.config import ModelConfig
 from jaxheads.model.layout import REMAT
 from jaxheads.model.parameters import Tree
 from jaxheads.model.transformer import Transformer
 from jaxheads.names import choose
-from jaxheads.routing import RoutingPenalty
+from jaxheads.routing import RoutingPenalty, examine, in_batches
 from jaxheads.train.fit import Fit
 from jaxheads.train.optimizer import Optimizer
 from jaxheads.train.select import select
 from jaxheads.train.step import Metrics
 
 if TYPE_CHECKING:
+    from jaxheads.text import Tokenizer
     from jaxheads.train.job import Job
 
 Array = jax.Array
 NAME = "moh"
+EXAMINED = 32
+"""Held-out rows whose routing is looked at after training."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,21 @@ class Routed:
         route: Route = edits["z"]  # type: ignore[assignment]
         return route
 
+    def routes(self, config: ModelConfig, key: Array, *, random: bool) -> dict[str, Route]:
+        """A new router for each share: "moh 0.75", ...; and "random 0.75", ... as controls.
+
+        Raises:
+          ValueError: as `route`.
+        """
+        ways = {NAME: self}
+        if random:
+            ways["random"] = dataclasses.replace(self, scores="random")
+        return {
+            f"{name} {share:g}": way.route(config, share, key)
+            for name, way in ways.items()
+            for share in way.shares
+        }
+
 
 @dataclass(frozen=True)
 class Moh:
@@ -147,32 +167,42 @@ class Moh:
         Raises:
           ValueError: a pattern that chooses nothing, shares that the model's heads do not allow.
         """
-        key = jax.random.key(job.seed)
-        ways = {NAME: self.routing}
-        if self.controls:
-            ways["random"] = dataclasses.replace(self.routing, scores="random")
-        routes = {
-            f"{name} {share:g}": way.route(model.config, share, key)
-            for name, way in ways.items()
-            for share in way.shares
-        }
+        routes = self.routing.routes(model.config, jax.random.key(job.seed), random=self.controls)
         chosen = select(model.params, self.patterns)
         rest = Rest(chosen.frozen, model.config, self.remat, self.chunk)
-        start = in_float32(chosen.trainable)
-        tuned = {}
-        for name, route in routes.items():
-            params, trained = fit_routed(
-                job, name, start, rest, route, self.routing.penalty, self.fit, rows_of(data)
-            )
-            count = chosen.count + sum(leaf.size for leaf in weights_of(route).values())
-            tuned[name] = Tuned(
-                edits=Edits(z=trained), params=as_stored(params, chosen.trainable), trained=count
-            )
-        if self.controls:
-            dense = job.fit("dense", parameters_loss, start, rest, fit=self.fit, **rows_of(data))
-            tuned["dense"] = Tuned(params=as_stored(dense, chosen.trainable), trained=chosen.count)
+        penalty, rows = self.routing.penalty, rows_of(data)
+        tuned = fit_variants(
+            job, chosen.trainable, rest, routes, penalty, self.fit, rows, dense=self.controls
+        )
         before = {f"{name} at first": Tuned(Edits(z=route)) for name, route in routes.items()}
         return tuned | before
+
+    def examine(
+        self, model: Transformer, tokenizer: Tokenizer, data: Data, tuned: Tuned
+    ) -> dict[str, Any]:
+        """What the router does on held-out rows, as JSON; see `jaxheads.routing.examine`."""
+        return examine_routing(model, tokenizer, data, tuned)
+
+
+def examine_routing(
+    model: Transformer, tokenizer: Tokenizer, data: Data, tuned: Tuned
+) -> dict[str, Any]:
+    """`RoutingView.to_json` of a routed variant on the first `EXAMINED` held-out rows.
+
+    Computed on one device.
+
+    Args:
+      model: before training.
+      tokenizer: of the model.
+      data: whose held-out rows are read.
+      tuned: edits with a `Route`, and the parameters that changed.
+    """
+    rows = ArrayRows(data.held_out_batch) if isinstance(data, TaskData) else data.held_out
+    assert tuned.edits is not None
+    # By way of the host: arrays keep the mesh that they are divided over in their types.
+    parts = jax.device_get(readable((apply(model, tuned), tuned.edits)))
+    changed, edits = jax.device_put(parts, jax.local_devices()[0])
+    return examine(changed, in_batches(rows, EXAMINED, 8), edits, tokenizer).to_json()
 
 
 def weights_of(route: Route) -> dict[str, Array]:
@@ -181,36 +211,55 @@ def weights_of(route: Route) -> dict[str, Array]:
     return {name: leaf for name in names if (leaf := getattr(route, name)) is not None}
 
 
-def fit_routed(
+def fit_variants(
     job: Job,
-    name: str,
     start: Tree,
     rest: Rest,
-    route: Route,
+    routes: Mapping[str, Route],
     penalty: RoutingPenalty,
     fit: Fit,
     rows: Mapping[str, Any],
-) -> tuple[Tree, Route]:
-    """Trains parameters and a router together, as a stage of a job.
+    *,
+    dense: bool,
+) -> dict[str, Tuned]:
+    """Trains parameters and a router together for each router, each as a stage of a job.
+
+    All begin with the same parameters and see the same batches.
 
     Args:
       job: the devices and the loop.
-      name: of the stage.
-      start: the parameters to train, float32.
+      start: the parameters to train; they are trained in float32.
       rest: the others.
-      route: the router to begin with.
-      penalty: of its routing.
+      routes: the routers to begin with, by name of the variant.
+      penalty: of the routing.
       fit: steps, batch size and optimizer.
       rows: `rows` and `held_out` of `Job.fit`.
+      dense: whether the parameters are trained without a router too, as "dense".
 
     Returns:
-      The parameters and the router, trained.
+      The variants, with parameters in the dtypes of `start` and the routers as edits of `z`.
     """
-    trainable = {"params": start, "route": weights_of(route)}
-    without = dataclasses.replace(route, router=None, shared_router=None, balance=None)
-    frozen = {"rest": rest, "route": without, "penalty": penalty}
-    trained = job.fit(name, routed_loss, trainable, frozen, fit=fit, **rows)
-    return trained["params"], dataclasses.replace(route, **trained["route"])
+    begin = in_float32(start)
+    count = sum(leaf.size for leaf in jax.tree.leaves(start))
+    tuned = {}
+    for name, route in routes.items():
+        weights = weights_of(route)
+        frozen = {
+            "rest": rest,
+            "route": dataclasses.replace(route, router=None, shared_router=None, balance=None),
+            "penalty": penalty,
+        }
+        trainable = {"params": begin, "route": weights}
+        found = job.fit(name, routed_loss, trainable, frozen, fit=fit, **rows)
+        tuned[name] = Tuned(
+            edits=Edits(z=dataclasses.replace(route, **found["route"])),
+            params=as_stored(found["params"], start),
+            trained=count + sum(leaf.size for leaf in weights.values()),
+        )
+    if dense:
+        params = job.fit("dense", parameters_loss, begin, rest, fit=fit, **rows)
+        tuned["dense"] = Tuned(params=as_stored(params, start), trained=count)
+    return tuned
 
 
 def routed_loss(

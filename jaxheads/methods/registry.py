@@ -12,15 +12,19 @@ from jaxheads.names import choose
 METHODS: Mapping[str, str] = MappingProxyType(
     {
         "bigram": "bigram.BigramMasks",
+        "denoiser": "denoiser.Denoiser",
         "fine_tuning": "fine_tuning.FineTuning",
         "from_scratch": "from_scratch.FromScratch",
         "head_gating": "head_gating.HeadGating",
+        "image_classes": "image_classes.ImageClasses",
         "iti": "iti.ITI",
         "lofit": "lofit.Lofit",
         "lora": "lora.Lora",
         "moh": "moh.Moh",
+        "moh_from_scratch": "moh_from_scratch.MohFromScratch",
         "precise_heads": "precise_heads.PreciseHeads",
         "soft_injection": "soft_injection.SoftInjection",
+        "union_of_experts": "union_of_experts.UnionOfExperts",
     }
 )
 """Name -> file of this folder and the dataclass of settings in it."""

@@ -1,9 +1,8 @@
 """A whole run of a method in a folder: data, training, controls, held-out results.
 
-Writes config.json, metrics.jsonl, checkpoints/, edits.safetensors or model/ (what was trained),
-scores.json (by which heads were chosen), examination.json (what a method looked at besides) and,
-last, results.json. A run that was interrupted goes
-on from its newest checkpoints.
+Writes config.json, metrics.jsonl, checkpoints/, edits.safetensors, model/ or beside.safetensors
+(what was trained), scores.json (by which heads were chosen), examination.json (what a method looked
+at besides) and, last, results.json. A run that was interrupted goes on from its newest checkpoints.
 """
 
 from __future__ import annotations
@@ -11,17 +10,18 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from safetensors.numpy import save_file
 
 from jaxheads.convert.native import save as save_model
 from jaxheads.convert.place import Placement
-from jaxheads.data import Rows
+from jaxheads.data import Rows, Source
 from jaxheads.files import write_json
 from jaxheads.methods.data import DataSettings, encode_splits, open_splits
 from jaxheads.methods.fine_tuning import Rest
@@ -31,6 +31,7 @@ from jaxheads.methods.registry import find_method, name_of
 from jaxheads.model import ModelConfig, Transformer
 from jaxheads.model.batch import Batch
 from jaxheads.model.config import DTYPES
+from jaxheads.model.parameters import flatten
 from jaxheads.names import choose
 from jaxheads.text import Tokenizer
 from jaxheads.train.config import read_config
@@ -45,7 +46,7 @@ from jaxheads.train.writers import Writer
 
 T = TypeVar("T")
 RESULTS, SCORES, EDITS, MODEL = "results.json", "scores.json", "edits.safetensors", "model"
-EXAMINATION = "examination.json"
+EXAMINATION, BESIDE = "examination.json", "beside.safetensors"
 FROZEN = "frozen"
 """The name of the unchanged model among the variants."""
 
@@ -188,11 +189,13 @@ def prepare_run(run: Run, load: Load, mesh: jax.sharding.Mesh | None = None) -> 
       mesh: over which the model's parameters are divided as they are read.
 
     Raises:
-      ValueError: as `open_splits` and `encode_splits`; rows longer than the model's context.
+      ValueError: as `open_splits`, `check_kinds` and `encode_splits`; rows longer than the
+        model's context.
     """
     splits = open_splits(run.data, run.seed)
     more = {name: dataclasses.replace(run.data, source=name, options={}) for name in run.neighbours}
     opened = {name: open_splits(settings, run.seed) for name, settings in more.items()}
+    check_kinds(run.method, [splits, *opened.values()])
     if hasattr(run.method, "create"):
         model, tokenizer = run.method.create(splits[0], run.seed)
     else:
@@ -206,6 +209,24 @@ def prepare_run(run: Run, load: Load, mesh: jax.sharding.Mesh | None = None) -> 
     for name, found in {run.data.source: data, **neighbours}.items():
         _check_length(name, found, model.config)
     return Prepared(model, tokenizer, data, neighbours)
+
+
+def check_kinds(method: Any, opened: Iterable[tuple[Source, Source]]) -> None:
+    """Refuses images for a method that changes a model that was loaded: a language model.
+
+    What a method that makes its own model can use, its `create` says.
+
+    Raises:
+      ValueError: such a method and a source of images.
+    """
+    if hasattr(method, "create"):
+        return
+    for source, _ in opened:
+        if source.kind == "images":
+            raise ValueError(
+                f"{source.name} holds images, expected texts or prompts with answers: the method "
+                f"{name_of(method)!r} changes a language model"
+            )
 
 
 def train(
@@ -247,7 +268,7 @@ def train(
         variants[name] = {
             "held_out": measured(job, ready.model, ready.data, variant),
             "neighbours": {
-                neighbour: measure(job, ready.model, data, variant)
+                neighbour: measured(job, ready.model, data, variant)
                 for neighbour, data in ready.neighbours.items()
             },
             "trained": variant.trained,
@@ -307,6 +328,12 @@ def _write(workdir: Path, tuned: Tuned, ready: Prepared, home: Any) -> None:
     if tuned.params is not None or tuned.model is not None:
         # A run that was killed before it had its results may have written it.
         save_model(apply(ready.model, tuned), ready.tokenizer, home / MODEL, overwrite=True)
+    if tuned.beside is not None:
+        leaves = {path: np.asarray(leaf) for path, leaf in flatten(readable(tuned.beside))}
+        if first:
+            partial = workdir / f".{BESIDE}.partial"
+            save_file(leaves, partial)
+            partial.replace(workdir / BESIDE)
     if tuned.scores is not None and first:
         scores = np.asarray(tuned.scores).tolist()
         write_json(workdir / SCORES, {"axes": ["layer", "head"], "values": scores})

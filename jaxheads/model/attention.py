@@ -143,16 +143,33 @@ class Attention(nnx.Module):
         bias: Array | None,
         prefix: str = "",
     ) -> tuple[Array, Context]:
+        route: Any = context.edits.get(prefix + "z")
+        skip = getattr(route, "skip", None)
+        if skip is not None and q.shape[1] > skip[0]:
+            # Only the heads that each token chose, without z.
+            out = route.attend(q, k, v, self.o[...], context, allowed, bias, prefix)
+        else:
+            out, context = self._every_head(q, k, v, context, allowed, bias, prefix)
+        if self.o_bias is not None:
+            out = out + self.o_bias[...].astype(out.dtype)
+        return out, context
+
+    def _every_head(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        context: Context,
+        allowed: Array,
+        bias: Array | None,
+        prefix: str,
+    ) -> tuple[Array, Context]:
         z, context = _attend(q, k, v, context, allowed, bias, prefix)
         z, context = context.visit(prefix + "z", z)
         if context.wants(prefix + "head_out"):
             writes, context = context.visit(prefix + "head_out", head_writes(z, self.o[...]))
-            out = writes.sum(axis=2)
-        else:
-            out = merge_heads(z, self.o[...])
-        if self.o_bias is not None:
-            out = out + self.o_bias[...].astype(out.dtype)
-        return out, context
+            return writes.sum(axis=2), context
+        return merge_heads(z, self.o[...]), context
 
 
 def _attend(

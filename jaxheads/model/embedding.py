@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxheads.model.config import ModelConfig
-from jaxheads.model.layout import gathered, take_rows
+from jaxheads.model.layout import axes_of, gathered, lay, take_rows
 from jaxheads.model.norms import optional_norm
 from jaxheads.model.parameters import optional
 
@@ -48,7 +48,7 @@ class Embedding(nnx.Module):
             table = self.types[...].astype(x.dtype)
             x = x + (table[0] if types is None else take_rows(table, types))
         if self.positions is not None:
-            table = self.positions[...].astype(x.dtype)
+            table = gathered(self.positions[...], x, x.dtype).astype(x.dtype)
             x = x + take_rows(table, positions + config.position_offset)
         return x if self.norm is None else self.norm(x, config)
 
@@ -56,9 +56,10 @@ class Embedding(nnx.Module):
         """Patches of pixels [B,height,width,C], embedded, after the learned tokens: [B,T,D]."""
         assert self.patches is not None, "a vision model has patches"
         x = images.astype(config.compute_dtype)
+        patches = gathered(self.patches[...], x, x.dtype)
         x = jax.lax.conv_general_dilated(
             x,
-            self.patches[...].astype(x.dtype),
+            patches.astype(x.dtype),
             window_strides=self.patches.shape[:2],
             padding="VALID",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -69,7 +70,8 @@ class Embedding(nnx.Module):
         if self.prefix is None:
             return x
         prefix = jnp.broadcast_to(self.prefix[...], (len(x), *self.prefix.shape))
-        return jnp.concatenate([prefix.astype(x.dtype), x], axis=1)
+        prefix = lay(prefix.astype(x.dtype), axes_of(x))
+        return jnp.concatenate([prefix, x], axis=1)
 
 
 def embed_tokens(table: Array, tokens: Array, config: ModelConfig) -> Array:

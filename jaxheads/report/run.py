@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,8 +13,19 @@ from typing import Any
 import numpy as np
 
 from jaxheads.methods.registry import find_method
-from jaxheads.methods.run import FROZEN, RESULTS, SCORES, result_columns, result_rows
+from jaxheads.methods.run import (
+    EXAMINATION,
+    FROZEN,
+    RESULTS,
+    SCORES,
+    result_columns,
+    result_rows,
+)
+from jaxheads.names import choose
 from jaxheads.report import Report, bars, curves, head_heatmap
+from jaxheads.report.images import image_grid
+from jaxheads.report.routing import add_routing
+from jaxheads.routing import RoutingView
 from jaxheads.train.config import flatten_config
 from jaxheads.train.loop import EVALUATION
 from jaxheads.train.workdir import CONFIG, read_json, read_metrics
@@ -32,6 +43,8 @@ SCORE_NAMES: Mapping[str, str] = MappingProxyType(
 )
 """What scores.json holds, by method."""
 
+_IMAGES = "images:"
+"""What the source of a run on images begins with."""
 _MOST_HEADS, _MOST_POINTS = 32, 1000
 _LOSSES = ("task_loss", "bigram_loss", "loss")
 """Names of a stage's loss; the first that is logged has no penalty added."""
@@ -54,7 +67,8 @@ def run_page(workdir: Path) -> Report:
 
 
 def add_run(page: Report, workdir: Path, name: str = "") -> Report:
-    """Adds the sections of a run: held-out results, heads, training, settings, environment.
+    """Adds the sections of a run: held-out results, heads, what the method looked at besides,
+    training, settings, environment.
 
     Args:
       page: to add to.
@@ -67,11 +81,14 @@ def add_run(page: Report, workdir: Path, name: str = "") -> Report:
     config = _config(workdir)
     head = f"{name}: " if name else ""
     results = read_json(workdir / RESULTS) if (workdir / RESULTS).is_file() else None
+    images = str(config["data"]["source"]).startswith(_IMAGES)
     if results is not None:
-        page = _held_out(page, f"{head}held-out results", results)
+        page = _held_out(page, f"{head}held-out results", results, images)
         if (workdir / SCORES).is_file():
             scores = read_json(workdir / SCORES)
             page = _heads(page, f"{head}heads", config["method"]["name"], scores, results)
+        if (workdir / EXAMINATION).is_file():
+            page = _examined(page, name, workdir / EXAMINATION)
     rows = read_metrics(workdir / METRICS) if (workdir / METRICS).is_file() else []
     if rows:
         page = _training(page, f"{head}training", rows)
@@ -92,22 +109,28 @@ def _config(workdir: Path) -> dict[str, Any]:
     return config
 
 
-def _held_out(page: Report, heading: str, results: Row) -> Report:
+def _held_out(page: Report, heading: str, results: Row, images: bool) -> Report:
     variants, examples = results["variants"], results["examples"]
-    answers = "exact" in variants[FROZEN]["held_out"]
-    kind = "examples" if answers else "rows of text"
+    metrics = variants[FROZEN]["held_out"]
+    answers = "exact" in metrics
+    kind = "images" if images else "examples" if answers else "rows of text"
     page = page.section(
         _upper(heading),
         f"{examples['held_out']:,} {kind} that no variant was trained on; {examples['train']:,} "
         "were for training. The frozen model is the one before training.",
     )
     token = "answer token" if answers else "token"
+    loss = f"nats per {'image' if images else token}"
     units = {
-        "loss": f"nats per {token}",
+        # A model of images that classifies none predicts pixels or noise.
+        "loss": "mean squared error" if images and "accuracy" not in metrics else loss,
         "token_accuracy": f"share of {token}s",
         "exact": "share of answers",
+        "accuracy": "share of images",
+        "class_accuracy": "share of samples of the class asked for",
+        "frechet_distance": "between samples and held-out images",
     }
-    for metric in variants[FROZEN]["held_out"]:
+    for metric in metrics:
         groups = _draws({name: row["held_out"][metric] for name, row in variants.items()})
         title, unit = f"{_words(metric)}, held out", units.get(metric, metric)
         page = page.figure(bars(groups, title=title, ylabel=unit), f"{title}.{_dots(groups)}")
@@ -137,6 +160,35 @@ def _heads(page: Report, heading: str, method: str, scores: Row, results: Row) -
     )
 
 
+def _examined(page: Report, name: str, path: Path) -> Report:
+    """What the method looked at besides: a router, or images that were made."""
+    raw = read_json(path)
+    try:
+        kind = choose("kind of examination", str(raw.get("kind")), _EXAMINED)
+        return _EXAMINED[kind](page, raw, name)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _routing(page: Report, raw: Row, name: str) -> Report:
+    return add_routing(page, RoutingView.from_json(raw), name)
+
+
+def _samples(page: Report, raw: Row, name: str) -> Report:
+    images = np.asarray(raw["images"], float)
+    if images.ndim == 4 and images.shape[-1] == 1:
+        images = images[..., 0]
+    figure = image_grid(images, raw["classes"], title="Images made of noise")
+    page = page.section(_upper(f"{name}: samples" if name else "samples"))
+    return page.figure(figure, "Each row: images of the class that was asked for.")
+
+
+_EXAMINED: Mapping[str, Callable[[Report, Row, str], Report]] = MappingProxyType(
+    {"routing": _routing, "samples": _samples}
+)
+"""What adds the sections of examination.json, by its "kind"."""
+
+
 def _training(page: Report, heading: str, rows: Sequence[Row]) -> Report:
     stages: dict[str, list[Row]] = {}
     for row in rows:
@@ -146,8 +198,8 @@ def _training(page: Report, heading: str, rows: Sequence[Row]) -> Report:
     timed = any("tokens_per_second" in row for row in rows)
     speed = ("tokens_per_second", "tokens per second") if timed else ("seconds", "seconds per step")
     for title, names, ylabel, caption in (
-        ("Loss while training", _LOSSES, "loss (nats)", "Of each step's batch, without penalties."),
-        ("Held-out loss while training", measured, "loss (nats)",
+        ("Loss while training", _LOSSES, "loss", "Of each step's batch, without penalties."),
+        ("Held-out loss while training", measured, "loss",
          "Of the held-out side, measured on the way, without penalties."),
         ("Speed", speed[:1], speed[1], "A mean over the last steps."),
     ):  # fmt: skip

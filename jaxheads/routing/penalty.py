@@ -66,11 +66,13 @@ def balance_loss(sums: RoutingSums) -> Array:
 
 
 def z_loss(sums: RoutingSums) -> Array:
-    """Mean over tokens and layers of log(sum of exp of the router's scores)^2, float32 [].
+    """Mean over tokens and layers with routed heads of log(sum of exp of scores)^2, float32 [].
 
     Source: Zoph et al. (2022), "ST-MoE", eq. 5. It keeps the scores small.
 
     Args:
       sums: with a leading L.
     """
-    return jnp.mean(sums.log_z_squared / jnp.maximum(sums.tokens, 1))
+    # Layers without routed heads have a sum of 0.
+    layers = jnp.sum(sums.log_z_squared / jnp.maximum(sums.tokens, 1))
+    return layers / jnp.maximum(jnp.sum(sums.routed > 0), 1)

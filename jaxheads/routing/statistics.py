@@ -16,6 +16,7 @@ from flax import struct
 from jaxheads.edits.kinds import Chain, Gated
 from jaxheads.edits.route import Route, Routing
 from jaxheads.model.context import Context, Tap
+from jaxheads.model.layout import contract
 
 Array = jax.Array
 
@@ -76,19 +77,25 @@ def decided(context: Context) -> Routing:
 
 def routing_sums(value: Array, context: Context) -> RoutingSums:
     """Reducer for a tap of `attn_out`: sums over the real tokens of a block's `Route`."""
-    route, routing = find_route(context.edits.get("z")), decided(context)
-    real = context.token_mask.astype(jnp.float32)
-    p = routing.probabilities
+    route = find_route(context.edits.get("z"))
+    return sums_of(decided(context), context.token_mask, jnp.sum(~route.shared), route.top_k)
+
+
+def sums_of(
+    routing: Routing, mask: Array, routed: Array | float, top_k: Array | float
+) -> RoutingSums:
+    """Sums over the real tokens, bool [B,T], of what a router decided among heads or experts."""
+    real, p = mask.astype(jnp.float32), routing.probabilities
     # The limit of p log p at 0 is 0; its gradient there is left out.
     entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0), axis=-1)
     return RoutingSums(
         tokens=jnp.sum(real),
-        probability=jnp.einsum("bt,bth->h", real, p),
-        chosen=jnp.einsum("bt,bth->h", real, routing.chosen.astype(jnp.float32)),
+        probability=contract("bt,bth->h", real, p),
+        chosen=contract("bt,bth->h", real, routing.chosen.astype(jnp.float32)),
         entropy=jnp.sum(real * entropy),
         log_z_squared=jnp.sum(real * jnp.square(routing.log_z)),
-        routed=jnp.sum(~route.shared).astype(jnp.float32),
-        top_k=route.top_k.astype(jnp.float32),
+        routed=jnp.asarray(routed, jnp.float32),
+        top_k=jnp.asarray(top_k, jnp.float32),
     )
 
 
@@ -153,10 +160,10 @@ def as_metrics(sums: RoutingSums) -> dict[str, Array]:
       sums: with a leading L.
     """
     loads = load(sums)
-    routed = sums.probability > 0
+    routed = (sums.probability > 0) & (sums.top_k > 0)[..., None]
     tokens = jnp.maximum(sums.tokens, 1)
     return {
-        "router_entropy": jnp.mean(sums.entropy / tokens),
+        "router_entropy": jnp.sum(sums.entropy / tokens) / jnp.maximum(jnp.sum(sums.routed > 0), 1),
         "least_load": jnp.min(jnp.where(routed, loads, 1.0)),
         "largest_load": jnp.max(jnp.where(routed, loads, 0.0)),
     }

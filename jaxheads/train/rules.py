@@ -175,6 +175,8 @@ def _edit_rules() -> tuple[Rule, ...]:
     route = rf"(({prefix}z{inside})|cross\.z{inside}|route)"
     rules.append(Rule(rf"{route}/(router|shared_router)", (None, None, "tensor")))
     rules.append(Rule(rf"{route}/(shared|top_k|balance|keys)", None))
+    # `Experts` at their sites; their routers, where they are trained beside parameters.
+    rules.append(Rule(rf"({prefix}(z|neurons){inside}/(gating|keys))|experts/(z|neurons)", None))
     return tuple(rules)
 
 
@@ -187,6 +189,11 @@ METHODS: tuple[Rule, ...] = (
     # Soft Injection's task embedding [L,H,Dh]; LoFiT's chosen heads [N,2].
     Rule(r"embedding", (None, "tensor", None)),
     Rule(r"heads", None),
+    # The denoiser's network of noise level and class.
+    Rule(r"condition/modulation", (None, ("fsdp", "tensor"), None, None)),
+    Rule(r"condition/last", (("fsdp", "tensor"), None, None)),
+    Rule(r"condition/(time_in|time_out|pixels)", (("fsdp", "tensor"), None)),
+    Rule(r"condition/.*", None),
     # Bigrams, looked up by token.
     Rule(r"table/(row|ids|shares|rest|unigram)", None),
 )
