@@ -40,7 +40,7 @@ from rich.table import Table
 from jaxheads import ModelConfig, Transformer
 from jaxheads.edits import Route
 from jaxheads.files import write_json
-from jaxheads.methods.moh import Moh, Routed, weights_of
+from jaxheads.methods.moh import Moh, Routed
 from jaxheads.model.chosen import count_blocks
 from jaxheads.train.topology import report
 
@@ -102,7 +102,7 @@ def _compiled(kind: str, model: Transformer, x: Any, route: Route | None) -> tup
     weights = {"attn": jax.tree.map(lambda leaf: leaf[0], model.blocks.attn), "x": x}
     first: Any = jax.tree.map(lambda leaf: leaf[0], route)
     if route is not None:
-        weights["route"] = weights_of(first)
+        weights["route"] = first.weights
 
     def forward(weights: Any, route: Any) -> Any:
         return attend(model, weights, route)
@@ -118,7 +118,7 @@ def attend(model: Transformer, weights: Any, route: Any) -> Any:
     """One layer's attention [B,T,D] of its weights, its input x [B,T,D] and a layer's router."""
     x = weights["x"]
     context, _ = model.begin(jnp.ones(x.shape[:2], bool), None, "prefill", {}, {})
-    edits = {} if route is None else {"z": dataclasses.replace(route, **weights["route"])}
+    edits = {} if route is None else {"z": route.with_weights(weights["route"])}
     assert context.angles is not None
     values, angles = {"attn_in": x}, context.angles[0]
     context = dataclasses.replace(context, edits=edits, values=values, angles=angles)
@@ -162,8 +162,8 @@ def _check_values(outputs: dict[str, Any], shares: list[float]) -> None:
 def measure_step(rows: int, length: int, repeats: int) -> dict[str, Any]:
     """Fine-tuning of SmolLM2 without and with a masked Route, in turn on one state."""
     import jaxheads as jh
-    from jaxheads.methods.fine_tuning import Rest, in_float32, parameters_loss
-    from jaxheads.methods.moh import routed_loss
+    from jaxheads.methods.fine_tuning import Rest, in_float32
+    from jaxheads.methods.variants import routed_loss, split_variant
     from jaxheads.model.batch import Batch
     from jaxheads.train.optimizer import Optimizer
     from jaxheads.train.step import make_step, start
@@ -175,21 +175,18 @@ def measure_step(rows: int, length: int, repeats: int) -> dict[str, Any]:
     batch = jax.device_put(Batch(tokens, np.ones(tokens.shape, bool)))
     optimizer = Optimizer(learning_rate=1e-5).build(1)
     # This router has no weights, so that both steps have the same state.
-    assert not weights_of(route)
-    state = start({"params": in_float32(model.params), "route": {}}, optimizer)
-    frozen = {"rest": Rest({}, config), "route": route, "penalty": routing.penalty}
-    del model
-
-    def dense_loss(trainable: Any, frozen: Any, item: Any, key: Any) -> Any:
-        return parameters_loss(trainable["params"], frozen["rest"], item, key)
-
-    losses = {"dense": dense_loss, "masked": routed_loss}
+    assert not route.weights
+    begin, rest = in_float32(model.params), Rest({}, config)
+    trainable, masked = split_variant(begin, jh.Edits(z=route), rest, routing.penalty)
+    fixed = {"dense": split_variant(begin, None, rest, routing.penalty)[1], "masked": masked}
+    state = start(trainable, optimizer)
+    del model, begin, trainable
     found: dict[str, Any] = {"layers": config.n_layers, "share": STEP_SHARE, "rows": rows}
     found |= {"length": length, "forms": {}}
     programs = {}
-    for name, loss in losses.items():
-        step = make_step(loss, optimizer)
-        programs[name] = step.lower(state, frozen, batch).compile()  # type: ignore[attr-defined]
+    step = make_step(routed_loss, optimizer)
+    for name in fixed:
+        programs[name] = step.lower(state, fixed[name], batch).compile()  # type: ignore[attr-defined]
         cost = report(programs[name])
         found["forms"][name] = {
             "flops": cost["flops"],
@@ -201,7 +198,7 @@ def measure_step(rows: int, length: int, repeats: int) -> dict[str, Any]:
     for turn in range(repeats + 1):  # the first is not warm
         for name, program in programs.items():
             begun = time.perf_counter(), time.process_time()
-            state, _ = jax.block_until_ready(program(state, frozen, batch))
+            state, _ = jax.block_until_ready(program(state, fixed[name], batch))
             if turn:
                 run = found["forms"][name]
                 run["seconds"].append(time.perf_counter() - begun[0])

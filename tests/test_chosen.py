@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import chex
@@ -15,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import on_eight_devices
 from flax import struct
 from tiny import close, mostly_slow, tiny_model, tiny_tokens
 
 import jaxheads as jh
 from jaxheads.data import ArrayRows
 from jaxheads.edits import Edits, LowRank, mixture_of_heads
-from jaxheads.methods.moh import weights_of
 from jaxheads.model.chosen import Logits, attend_chosen, count_blocks, plan_blocks
 from jaxheads.model.context import Tap
 from jaxheads.routing import routing_taps
@@ -31,11 +26,6 @@ from jaxheads.train.losses import language_loss
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
-ROOT = Path(__file__).resolve().parent.parent
-CACHED = {  # as in conftest.py
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-}
 BLOCK, ROWS, LENGTH = 4, 3, 14
 MODELS: dict[str, dict[str, Any]] = {
     "gqa": {},
@@ -67,8 +57,8 @@ def route_of(model: jh.Transformer, top_k: Any = (1, 2, 3), seed: int = 3, **for
     """Two shared heads, no weight of zero."""
     key = jax.random.key(seed)
     route: Any = mixture_of_heads(model.config, key, shared=2, top_k=top_k, **forms)["z"]
-    drawn = {n: 0.5 * jax.random.normal(key, w.shape) for n, w in weights_of(route).items()}
-    return dataclasses.replace(route, **drawn)
+    drawn = {n: 0.5 * jax.random.normal(key, w.shape) for n, w in route.weights.items()}
+    return route.with_weights(drawn)
 
 
 @jax.jit
@@ -85,10 +75,10 @@ def gradients(model: jh.Transformer, route: Any, batch: jh.Batch) -> Any:
     """Of the parameters and of the router's weights."""
 
     def loss(params: Any, weights: Any) -> jax.Array:
-        edits = Edits(z=dataclasses.replace(route, **weights))
+        edits = Edits(z=route.with_weights(weights))
         return task_loss(jh.Transformer(model.config, params), edits, batch)
 
-    return jax.grad(loss, (0, 1))(model.params, weights_of(route))
+    return jax.grad(loss, (0, 1))(model.params, route.weights)
 
 
 @pytest.mark.parametrize("case", mostly_slow(CASES, *CASES[:1], *CASES[5:6], CASES[-1]))
@@ -399,7 +389,7 @@ REFUSED = {"tensor": "heads are divided over tensor", "sequence": "tokens are di
 
 
 def routed_loss(trainable: Any, frozen: Any, batch: jh.Batch, key: Any) -> Any:
-    route = dataclasses.replace(frozen["route"], **trainable["route"])
+    route = frozen["z"].with_weights(trainable["edits"]["z"])
     model = jh.Transformer(tiny_divided().config, trainable["params"])
     return language_loss(model, batch, edits=Edits(z=route))
 
@@ -418,17 +408,16 @@ def train(mesh: Any) -> tuple[list[float], dict[str, np.ndarray]]:
     job = Job(mesh=mesh, on_step=lambda report: losses.append(report.metrics["loss"]))
     optimizer = Optimizer(learning_rate=1e-2, clip=1.0, eps=1e-3)
     fit = Fit(steps=2, batch_size=16, optimizer=optimizer)
-    trainable = {"params": model.params, "route": weights_of(route)}
-    fixed = dataclasses.replace(route, router=None, shared_router=None, balance=None)
+    trainable = {"params": model.params, "edits": {"z": route.weights}}
+    fixed = route.without_weights()
     rows = ArrayRows(jh.Batch(tokens, mask))
-    trained = job.fit("routed", routed_loss, trainable, {"route": fixed}, rows, fit)
+    trained = job.fit("routed", routed_loss, trainable, {"z": fixed}, rows, fit)
     leaves = jax.tree_util.tree_leaves_with_path(trained)
     return losses, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def eight_devices(meshes: dict[str, Any]) -> dict[str, Any]:
-    jax.config.update("jax_num_cpu_devices", 8)
-    jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
+def compare(meshes: dict[str, Any]) -> dict[str, Any]:
+    """For each mesh the losses, and the largest differences from one device, or the refusal."""
     losses, leaves = train(None)
     found: dict[str, Any] = {}
     for name, sizes in meshes.items():
@@ -442,13 +431,9 @@ def eight_devices(meshes: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check(which: str) -> None:
-    done = subprocess.run(
-        [sys.executable, __file__, which], capture_output=True, text=True,
-        env=os.environ | CACHED, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    for name, found in json.loads(done.stdout.splitlines()[-1]).items():
+@pytest.mark.slow
+def test_divided_rows_give_what_one_device_gives_and_divided_heads_are_refused():
+    for name, found in on_eight_devices(compare, MESHES).items():
         if name in REFUSED:
             assert REFUSED[name] in found["error"]
             continue
@@ -456,12 +441,3 @@ def check(which: str) -> None:
         np.testing.assert_allclose(*found["losses"], rtol=1e-5)
         for path, far in found["far"].items():
             assert far < 1e-5, (name, path)
-
-
-@pytest.mark.slow
-def test_divided_rows_give_what_one_device_gives_and_divided_heads_are_refused():
-    check("MESHES")
-
-
-if __name__ == "__main__":
-    print(json.dumps(eight_devices(globals()[sys.argv[1]])))

@@ -1,162 +1,27 @@
 """Weights in and out, against files that the tests write with numpy themselves."""
 
 import json
-import shutil
-from pathlib import Path
 
-import gguf
-import jax
-import ml_dtypes
 import numpy as np
 import pytest
-import tokenizers
-from safetensors.numpy import load_file, save_file
+from llama_files import (
+    DTYPES,
+    SHAPES,
+    hf_config,
+    hf_tensors,
+    random_model,
+    same_trees,
+    write_gguf,
+    write_hf,
+)
+from safetensors.numpy import load_file
 
-from jaxheads import ModelConfig, Transformer
-from jaxheads.convert import FAMILIES, export, load, load_model, save
+from jaxheads import ModelConfig
+from jaxheads.convert import FAMILIES, export, load_model
 from jaxheads.convert.safetensors_files import SafetensorsReader
 from jaxheads.convert.table import slots
 from jaxheads.model.parameters import flatten, parameter_table
 from jaxheads.model.rotary import Rope
-from jaxheads.text import Tokenizer
-
-SHAPES = {
-    "mha": {"num_attention_heads": 4, "num_key_value_heads": 4},
-    "gqa": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
-    "mqa-biases": {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "head_dim": 6,
-        "attention_bias": True,
-        "mlp_bias": True,
-    },
-    "untied": {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": False},
-}
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-
-
-def hf_config(**changes) -> dict:
-    return {
-        "model_type": "llama",
-        "num_hidden_layers": 2,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "vocab_size": 11,
-        "max_position_embeddings": 32,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 5000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "mlp_bias": False,
-    } | changes
-
-
-def hf_tensors(config: dict, dtype=np.float32) -> dict[str, np.ndarray]:
-    """Random tensors in the layout of Hugging Face's LlamaForCausalLM."""
-    rng = np.random.default_rng(0)
-    d, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    size = config.get("head_dim") or d // config["num_attention_heads"]
-    q, k = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
-    shapes = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (v, d)
-    for layer in range(config["num_hidden_layers"]):
-        block = f"model.layers.{layer}."
-        shapes[block + "input_layernorm.weight"] = (d,)
-        shapes[block + "post_attention_layernorm.weight"] = (d,)
-        attention = {"q": (q, d), "k": (k, d), "v": (k, d), "o": (d, q)}
-        mlp = {"gate": (f, d), "up": (f, d), "down": (d, f)}
-        for part, maps, bias in (
-            ("self_attn", attention, config["attention_bias"]),
-            ("mlp", mlp, config["mlp_bias"]),
-        ):
-            for name, shape in maps.items():
-                shapes[f"{block}{part}.{name}_proj.weight"] = shape
-                if bias:
-                    shapes[f"{block}{part}.{name}_proj.bias"] = shape[:1]
-    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
-
-
-def write_hf(folder: Path, config: dict, tensors: dict[str, np.ndarray]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def write_gguf(path: Path, config: dict, tensors: dict[str, np.ndarray], **extra) -> Path:
-    """The same model as llama.cpp's convert_hf_to_gguf.py writes it."""
-    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
-    size = config.get("head_dim") or config["hidden_size"] // heads["q"]
-    writer = gguf.GGUFWriter(path, extra.pop("architecture", "llama"))
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_head_count(heads["q"])
-    writer.add_head_count_kv(heads["k"])
-    writer.add_key_length(size)
-    writer.add_value_length(size)
-    writer.add_rope_dimension_count(extra.pop("rope_dimensions", size))
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    for key, value in extra.pop("uint32", {}).items():
-        writer.add_uint32(key, value)
-    names = {
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "model.layers": "blk",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-    for name, array in (tensors | extra.pop("added", {})).items():
-        for n in [part for part in heads if f".{part}_proj." in name]:
-            # LlamaModel.permute of convert_hf_to_gguf.py, word for word.
-            array = (
-                array.reshape(heads[n], 2, array.shape[0] // heads[n] // 2, *array.shape[1:])
-                .swapaxes(1, 2)
-                .reshape(array.shape)
-            )
-        for theirs, ours in names.items():
-            name = name.replace(theirs, ours)
-        writer.add_tensor(name, np.ascontiguousarray(array))
-    assert not extra
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def same_trees(first, second) -> None:
-    first, second = dict(flatten(first)), dict(flatten(second))
-    assert first.keys() == second.keys()
-    for path in first:
-        assert first[path].dtype == second[path].dtype, path
-        np.testing.assert_array_equal(np.asarray(first[path]), np.asarray(second[path]), path)
-
-
-def random_model(dtype: str = "float32", **changes) -> Transformer:
-    shape = {"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "d_model": 16}
-    other = {"d_mlp": 24, "vocab_size": 11, "context_length": 32, "dtype": dtype}
-    config = ModelConfig(**shape | other | changes)
-    return Transformer.random(config, jax.random.key(0), dtype)
-
-
-def tiny_tokenizer() -> Tokenizer:
-    vocab = {"<eos>": 0} | {word: index for index, word in enumerate("abcdefghij", 1)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<eos>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return Tokenizer(backend, {"eos_token": "<eos>", "unk_token": "<eos>"})
 
 
 @pytest.fixture
@@ -385,82 +250,6 @@ def test_progress_counts_every_tensor(hf):
     assert {name for *_, name in calls} == tensors.keys()
 
 
-# Writing.
-
-
-def test_export_refuses_before_work_and_leaves_nothing_behind(tmp_path, monkeypatch):
-    model = random_model()
-    with pytest.raises(ValueError, match="unknown export format 'onnx'"):
-        export(model, tmp_path / "out", format="onnx")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file"):
-        export(model, tmp_path / "file")
-    with pytest.raises(ValueError, match="cannot write to"):
-        export(model, tmp_path / "file" / "out")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").write_text("keep")
-    with pytest.raises(ValueError, match="is not empty"):
-        export(model, tmp_path / "full")
-    monkeypatch.setattr(Tokenizer, "save", lambda *_: 1 / 0)  # the last thing that is written
-    with pytest.raises(ZeroDivisionError):
-        export(model, tmp_path / "out", tokenizer=tiny_tokenizer())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
-    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
-
-
-def test_export_with_a_tokenizer_is_a_whole_model(tmp_path):
-    model = random_model()
-    tokenizer = tiny_tokenizer()
-    (tmp_path / "out").mkdir()
-    export(model, tmp_path / "out", tokenizer=tokenizer)
-    back, again = load(tmp_path / "out")
-    same_trees(back.params, model.params)
-    assert again.encode("a c b") == tokenizer.encode("a c b") == [1, 3, 2]
-    for file in ("config.json", "generation_config.json"):
-        keys = json.loads((tmp_path / "out" / file).read_text())
-        assert (keys["bos_token_id"], keys["eos_token_id"]) == (None, 0)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_native_checkpoint_comes_back_bit_for_bit(tmp_path, dtype):
-    model = random_model(dtype, qkv_bias=True, tied=False)
-    save(model, tiny_tokenizer(), tmp_path / "saved")
-    back, tokenizer = load(tmp_path / "saved")
-    assert back.config == model.config and tokenizer.encode("j") == [10]
-    same_trees(back.params, model.params)
-    other = load_model(tmp_path / "saved", dtype="float16")
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(other.params)} == {"float16"}
-    with pytest.raises(ValueError, match="is not empty"):
-        save(model, None, tmp_path / "saved")
-    smaller = random_model(dtype)
-    save(smaller, None, tmp_path / "saved", overwrite=True)
-    same_trees(load_model(tmp_path / "saved").params, smaller.params)
-    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
-
-
-def test_a_native_checkpoint_that_does_not_fit_is_refused(tmp_path):
-    save(random_model(), None, tmp_path / "saved")
-    path = tmp_path / "saved" / "jaxheads.json"
-    whole = json.loads(path.read_text())
-
-    def refuses(message, **changes):
-        path.write_text(json.dumps(whole | changes))
-        with pytest.raises(ValueError, match=message):
-            load_model(tmp_path / "saved")
-
-    config = whole["config"]
-    refuses("format 'jaxheads' version 99, .* version 1", version=99)
-    refuses("config: missing none; unknown window", config=config | {"window": 4})
-    short = {name: value for name, value in config.items() if name != "tied"}
-    refuses("config: missing tied; unknown none", config=short)
-    refuses(
-        r"cannot restore .*blocks/mlp/down has shape \(2, 24, 16\), expected \(2, 48, 16\)",
-        config=config | {"d_mlp": 48},
-    )
-    shutil.rmtree(tmp_path / "saved" / "params")
-    refuses("has no params/")
-
-
 # The real model.
 
 
@@ -482,21 +271,3 @@ def test_smollm2_is_what_its_authors_published(smollm2):
     prompt = "When Mary and John went to the store, John gave a drink to"
     logits = model(tokenizer(prompt)).logits[0, -1]
     assert logits[tokenizer.token_id(" Mary")] - logits[tokenizer.token_id(" John")] > 2
-
-
-@pytest.mark.peers
-@pytest.mark.parametrize("biases", [False, True])
-def test_transformers_loads_an_export_and_agrees(tmp_path, biases):
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = random_model(qkv_bias=biases, mlp_bias=biases, tied=not biases, ropes=(Rope(500.0),))
-    params = jax.tree.map(lambda leaf: leaf + 0.1, model.params)  # biases are drawn as zeros
-    model = Transformer(model.config, params)
-    export(model, tmp_path / "out", tokenizer=tiny_tokenizer())
-    tokens = np.random.default_rng(0).integers(0, 11, (2, 20))
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    with torch.no_grad():
-        logits = theirs(torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(model(tokens).logits, logits, atol=1e-4)
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")("a c b").input_ids == [1, 3, 2]

@@ -15,15 +15,15 @@ from jaxheads.data.rows import ArrayRows
 from jaxheads.edits import Edits, mixture_of_heads
 from jaxheads.methods.denoiser import (
     Denoiser,
-    Frozen,
     Sampling,
-    Shape,
+    Setup,
     denoising_loss,
     starting_condition,
 )
 from jaxheads.methods.diffusion import NoiseSchedule
 from jaxheads.methods.dit import (
     conditioned,
+    dit_config,
     from_patches,
     grid_positions,
     new_condition,
@@ -32,15 +32,17 @@ from jaxheads.methods.dit import (
 )
 from jaxheads.methods.image_samples import (
     DRAWS,
+    ROWS,
     Weights,
-    in_parts,
     measured_rows,
     row_losses,
     sample,
 )
-from jaxheads.methods.measure import apply
+from jaxheads.methods.image_shape import Shape
+from jaxheads.methods.measure import apply, in_parts
 from jaxheads.methods.method import ImageData, TextData, Tuned
 from jaxheads.methods.moh import Routed
+from jaxheads.methods.variants import split_variant
 from jaxheads.model.config import Image
 from jaxheads.model.parameters import flatten
 from jaxheads.train.fit import Fit
@@ -50,7 +52,7 @@ from jaxheads.train.optimizer import Optimizer
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 SHAPE = Shape(n_layers=2, n_heads=4, d_model=16, d_mlp=32)
-CONFIG = SHAPE.config(8, 8, 1)
+CONFIG = dit_config(SHAPE, (8, 8, 1))
 TIMES, CLASSES = np.array([0, 400, 999]), np.array([2, 0, 3])
 
 
@@ -66,7 +68,7 @@ def weights(*, fresh: bool = False) -> Weights:
         keys = jax.random.split(jax.random.key(2), len(leaves))
         moved = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
         condition = jax.tree.unflatten(tree, moved)
-    return Weights(jh.Transformer.random(CONFIG, jax.random.key(0)), condition, None)
+    return Weights(jh.Transformer.random(CONFIG, jax.random.key(0)), condition)
 
 
 def digits(count: int = 24, seed: int = 0) -> ImageData:
@@ -96,8 +98,12 @@ def predicted(w: Weights, times=TIMES, classes=CLASSES, **options):
         (lambda: Denoiser(drop=1.0), r"drop must lie in \[0, 1\), got 1.0"),
         (lambda: Sampling(images=1), "sampling.images must be at least 2, got 1"),
         (lambda: Denoiser(sampling=Sampling(steps=2000)), "1 to 1000 steps, got 2000"),
-        (lambda: Shape(n_heads=3).config(8, 8, 1), "d_model 64 is not divisible by n_heads 3"),
-        (lambda: Shape(patch=3).config(8, 8, 1), "not cut evenly into patches of 3"),
+        (lambda: Shape(n_heads=3), "d_model 64 is not divisible by n_heads 3"),
+        (
+            lambda: dit_config(Shape(n_heads=3, d_model=18), (8, 8, 1)),
+            "d_model 18 is not divisible by 4, for sines and cosines",
+        ),
+        (lambda: dit_config(Shape(patch=3), (8, 8, 1)), "not cut evenly into patches of 3"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(make, message: str):
@@ -182,7 +188,7 @@ def test_shift_scale_and_gate_are_where_the_paper_has_them():
     close(halves["mlp_in"], norm(halves["resid_mid"]) * (1 + parts[4]) + parts[3], 1e-4)
     # Gates: what a branch adds, over what it adds with the bias of the gate one higher.
     raised = w.condition["modulation_bias"].at[:, 2].add(1.0)
-    higher = Weights(w.model, w.condition | {"modulation_bias": raised}, None)
+    higher = Weights(w.model, w.condition | {"modulation_bias": raised})
     _, more = predicted(higher, taps={"attn_out": None})
     first = np.asarray(more["attn_out"])[0]
     close(first * parts[2][0], halves["attn_out"][0] * (1 + parts[2][0]), 1e-4)
@@ -237,7 +243,7 @@ def test_the_measured_loss_is_that_of_each_row():
     share = NoiseSchedule().alpha_bars[times[9]]
     image = data.held_out[np.array([2])][0]  # Row 9 is the second time round of image 2.
     close(noisy[9], np.sqrt(share) * image[0] + np.sqrt(1 - share) * added[9])
-    losses = in_parts(Job(), row_losses, w, rows)
+    losses = in_parts(Job(), row_losses, w, None, rows, ROWS)
     found = predict_noise(w.model, w.condition, noisy[9:10], times[9:10], classes[9:10])[0]
     assert losses.shape == (7 * DRAWS,)
     close(losses[9], np.square(np.asarray(found)[0] - added[9]).mean(), 1e-4)
@@ -247,10 +253,10 @@ def test_samples_have_a_seed_a_shape_and_a_class():
     w = weights()
     start, classes = noise_like(4, 8, 8, 1), np.array([0, 1, 2, 0])
     options = {"noise": NoiseSchedule(), "steps": 3, "guidance": 1.5}
-    one = np.asarray(sample(w, (start, classes), **options))
+    one = np.asarray(sample(w, None, (start, classes), **options))
     assert one.shape == start.shape and np.abs(one).max() <= 1
-    np.testing.assert_array_equal(one, sample(w, (start, classes), **options))
-    other = sample(w, (start, np.array([0, 2, 2, 0])), **options)
+    np.testing.assert_array_equal(one, sample(w, None, (start, classes), **options))
+    other = sample(w, None, (start, np.array([0, 2, 2, 0])), **options)
     moved = np.abs(one - np.asarray(other)).max(axis=(1, 2, 3))
     assert moved[1] > 1e-4
     close(one[[0, 2, 3]], np.asarray(other)[[0, 2, 3]])
@@ -269,27 +275,24 @@ def loss_of(tuned: Tuned, model: jh.Transformer, data: ImageData) -> float:
     """Of the images, at fixed timesteps."""
     count, noise = len(data.held_out), NoiseSchedule()
     rows = measured_rows(*data.held_out[np.arange(count)], noise, seed=0)
-    w = Weights(apply(model, tuned), tuned.beside, tuned.edits)
-    return float(row_losses(w, rows).mean())
-
-
-def frozen(route=None, penalty=None) -> Frozen:
-    return Frozen(route, penalty, CONFIG, NoiseSchedule(), 0.5)
+    w = Weights(apply(model, tuned), tuned.beside)
+    return float(row_losses(w, tuned.edits, rows).mean())
 
 
 def test_classes_are_dropped_in_training_only():
     w, data = weights(), digits()
-    trainable = {"blocks": w.model.params, "condition": w.condition}
-    moved = w.condition["classes"].at[-1].add(1.0)
-    other = trainable | {"condition": w.condition | {"classes": moved}}
+    setup = Setup(CONFIG, NoiseSchedule(), 0.5)
+    moved = w.condition | {"classes": w.condition["classes"].at[-1].add(1.0)}
+    both = [
+        split_variant({"blocks": w.model.params, "condition": one}, None, setup, None)
+        for one in (w.condition, moved)
+    ]
     item = data.train[np.arange(12)]
     loss = jax.jit(denoising_loss)
-    measured = [float(loss(part, frozen(), item, None)[0]) for part in (trainable, other)]
-    trained = [
-        float(loss(part, frozen(), item, jax.random.key(0))[0]) for part in (trainable, other)
-    ]
+    measured = [float(loss(*one, item, None)[0]) for one in both]
+    trained = [float(loss(*one, item, jax.random.key(0))[0]) for one in both]
     assert measured[0] == measured[1] and abs(trained[0] - trained[1]) > 1e-4
-    assert float(loss(trainable, frozen(), item, None)[1]["weight"]) == 12
+    assert float(loss(*both[0], item, None)[1]["weight"]) == 12
 
 
 @pytest.mark.slow
@@ -308,6 +311,7 @@ def test_training_lowers_the_loss_of_every_variant_and_uses_the_condition():
         for path in ("modulation", "classes", "last", "pixels", "time_in"):
             assert np.abs(variant.beside[path]).max() > 1e-3, (name, path)
     route = tuned["moh 0.75"].edits["z"]
+    assert tuned["random 0.75"].edits["z"].gates == route.gates
     assert np.abs(route.balance).max() > 1e-4  # The gates were trained too.
     count = sum(leaf.size for leaf in jax.tree.leaves((model.params, tuned["dense"].beside)))
     assert tuned["dense"].trained == count
@@ -361,7 +365,7 @@ def test_a_run_writes_all_that_was_trained(tmp_path):
     classes = np.asarray(examined["classes"], np.int32)
     start = np.random.default_rng(0).standard_normal((60, 8, 8, 1)).astype(np.float32)
     made = sample(
-        Weights(model, beside, edits), (start, classes), noise=NoiseSchedule(), steps=2,
+        Weights(model, beside), edits, (start, classes), noise=NoiseSchedule(), steps=2,
         guidance=1.5,
     )  # fmt: skip
     np.testing.assert_allclose(np.asarray(examined["images"]), made, atol=0.006)

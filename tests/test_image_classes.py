@@ -16,10 +16,12 @@ from train_runs import close as same
 import jaxheads as jh
 from jaxheads.data import open_source
 from jaxheads.methods.data import DataSettings, encode_splits, open_splits
-from jaxheads.methods.image_classes import ImageClasses, Shape, heads_on
+from jaxheads.methods.image_classes import ImageClasses
 from jaxheads.methods.image_loss import Setup, image_loss, random_shifts
+from jaxheads.methods.image_shape import Shape
 from jaxheads.methods.method import ImageData, Tuned
-from jaxheads.methods.moh import Routed, weights_of
+from jaxheads.methods.moh import Routed
+from jaxheads.methods.variants import split_variant
 from jaxheads.routing import RoutingPenalty
 from jaxheads.train.fit import Fit
 from jaxheads.train.job import Job
@@ -30,7 +32,10 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 SHAPE = Shape(n_layers=2, n_heads=6, d_model=24, d_mlp=32, patch=4)
 FIT = Fit(steps=15, batch_size=32, optimizer=Optimizer(learning_rate=1e-2))
 METHOD = ImageClasses(
-    shape=SHAPE, routing=Routed(shares=(0.75,), shared=0.34), controls=False, fit=FIT
+    shape=SHAPE,
+    routing=Routed(shares=(0.75,), shared=0.34, whole_layers=1),
+    controls=False,
+    fit=FIT,
 )
 
 
@@ -50,9 +55,13 @@ def item(count: int = 5):
 
 
 def loss_of(model, route=None, penalty=None, of=None):
-    trainable = {"params": model.params, "route": {} if route is None else weights_of(route)}
-    setup = Setup(route, penalty, model.config)
-    return jax.jit(image_loss)(trainable, setup, item() if of is None else of, None)
+    edits = None if route is None else jh.Edits(z=route)
+    trainable, fixed = split_variant(model.params, edits, Setup(model.config), penalty)
+    return jax.jit(image_loss)(trainable, fixed, item() if of is None else of, None)
+
+
+def new_route(routing=METHOD.routing) -> jh.Route:
+    return routing.route(new_model().config, routing.shares[0], jax.random.key(1))
 
 
 def test_the_model_is_a_bidirectional_vit():
@@ -78,25 +87,24 @@ def test_the_loss_is_the_cross_entropy_of_the_class_token():
 
 def test_all_heads_with_gates_of_one_are_bit_equal_to_the_dense_model():
     model, images = new_model(), item()[0]
-    routing = Routed(shares=(1.0,), gates="straight_through")
-    method = dataclasses.replace(METHOD, routing=routing, whole_layers=0)
-    route = method.route(model.config, routing, 1.0, jax.random.key(1))
+    route = new_route(Routed(shares=(1.0,), gates="straight_through"))
     assert (route.top_k > 0).all()
     routed = model(images, edits=jh.Edits(z=route)).logits
     np.testing.assert_array_equal(routed, model(images).logits)
-    fewer = METHOD.route(model.config, METHOD.routing, 0.75, jax.random.key(1))
-    assert np.abs(model(images, edits=jh.Edits(z=fewer)).logits - routed).max() > 1e-3
+    fewer = jh.Edits(z=new_route())
+    assert np.abs(model(images, edits=fewer).logits - routed).max() > 1e-3
 
 
 def test_the_penalty_is_added_and_the_gates_teach_the_router():
     model = new_model()
-    route = METHOD.route(model.config, METHOD.routing, 0.75, jax.random.key(1))
+    route = new_route()
     loss, metrics = loss_of(model, route, RoutingPenalty(balance=0.5))
     close(loss, metrics["task_loss"] + 0.5 * metrics["balance"], 1e-6)
 
     def without_penalty(router):
-        changed = {"params": model.params, "route": weights_of(route) | {"router": router}}
-        return image_loss(changed, Setup(route, None, model.config), item(), None)[0]
+        edits = jh.Edits(z=route.replace(router=router))
+        trainable, fixed = split_variant(model.params, edits, Setup(model.config), None)
+        return image_loss(trainable, fixed, item(), None)[0]
 
     plain, gradient = jax.jit(jax.value_and_grad(without_penalty))(route.router)
     close(metrics["task_loss"], plain, 1e-6)
@@ -107,7 +115,8 @@ def test_the_penalty_is_added_and_the_gates_teach_the_router():
 def test_training_lowers_the_loss():
     model, data = new_model(), digits()
     sides = dataclasses.replace(data, held_out=data.train)
-    tuned = METHOD._fit(Job(), "dense", model, data, None)
+    method = dataclasses.replace(METHOD, controls=True)
+    tuned = method.train(Job(), model, None, data)["dense"]
     losses = [METHOD.measure(Job(), model, sides, one)["loss"] for one in (Tuned(), tuned)]
     assert losses[1] < 0.7 * losses[0]
     assert tuned.edits is None
@@ -116,7 +125,7 @@ def test_training_lowers_the_loss():
 
 def test_measuring_is_a_direct_computation():
     model, data = new_model(), digits()
-    route = METHOD.route(model.config, METHOD.routing, 0.75, jax.random.key(1))
+    route = new_route()
     changed = jax.tree.map(lambda leaf: 1.5 * leaf, model.params)
     tuned = Tuned(edits=jh.Edits(z=route), params=changed)
     # In parts of 25, the last of which is not full.
@@ -133,33 +142,24 @@ def test_measuring_is_a_direct_computation():
 def test_variants_share_the_start_and_differ_in_routing_only():
     """One step from the same parameters: with all heads on, the dense model's own step."""
     model, data = new_model(), digits()
-    routing = Routed(shares=(1.0,), gates="straight_through", balance=0.0)
+    routing = Routed(shares=(1.0,), gates="straight_through", balance=0.0, whole_layers=2)
     fit = Fit(steps=1, batch_size=32, optimizer=Optimizer(name="sgd", learning_rate=0.1))
-    method = dataclasses.replace(
-        METHOD, routing=routing, whole_layers=2, controls=True, shift=1, fit=fit
-    )
+    method = dataclasses.replace(METHOD, routing=routing, controls=True, shift=1, fit=fit)
     tuned = method.train(Job(), model, None, data)
-    assert [*tuned] == ["moh 1", "dense", "random 1"]
+    assert [*tuned] == ["moh 1", "random 1", "dense"]
     for name in ("dense", "random 1"):
         jax.tree.map(lambda a, b: close(a, b, 1e-6), tuned[name].params, tuned["moh 1"].params)
-
-
-def test_heads_on_spreads_what_the_whole_layers_leave():
-    np.testing.assert_array_equal(heads_on(4, 8, 0.75, 1), [8, 5, 6, 5])
-    np.testing.assert_array_equal(heads_on(4, 8, 0.5), [4, 4, 4, 4])
-    np.testing.assert_array_equal(heads_on(2, 8, 1.0, 2), [8, 8])
-    for layers, heads, share, whole in ((6, 8, 0.5, 1), (5, 7, 0.81, 2), (12, 12, 0.33, 0)):
-        counts = heads_on(layers, heads, share, whole)
-        assert (counts[:whole] == heads).all() and np.ptp(counts[whole:]) <= 1
-        assert counts.sum() == int(share * heads * layers + 0.5)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"whole_layers": 3}, r"whole_layers must lie in 0\.\.2, got 3"),
-        ({"whole_layers": 2}, "leaves 0 heads for the 0 others"),
-        ({"routing": Routed(shares=(0.5,))}, "share 0.5 of 2 layers of 6 heads, .* leaves 0 heads"),
+        ({"routing": Routed(whole_layers=3)}, r"whole_layers must lie in 0\.\.2, got 3"),
+        ({"routing": Routed(whole_layers=2)}, "leaves 0 heads for the 0 others"),
+        (
+            {"routing": Routed(shares=(0.5,), whole_layers=1)},
+            "share 0.5 of 2 layers of 6 heads, .* leaves 0 heads",
+        ),
         ({"shift": -1}, "shift must be at least 0 pixels, got -1"),
     ],
 )
@@ -203,7 +203,7 @@ limit = 48
 name = "image_classes"
 controls = false
 shape = { n_layers = 2, n_heads = 6, d_model = 24, d_mlp = 32, patch = 4 }
-routing = { shares = [0.75], shared = 0.34 }
+routing = { shares = [0.75], shared = 0.34, whole_layers = 1 }
 [method.fit]
 steps = 2
 batch_size = 16
@@ -247,7 +247,7 @@ REFUSED = [
     (("--data.options", "held_out", "half"), "held_out must lie strictly between 0 and 1"),
     (("--data.source", "task:counterfactual_capitals"), "prompts with answers, expected images"),
     (("--data.source", "corpus:python-docs"), "holds texts, expected images"),
-    (("--method.whole-layers", 2), "leaves 0 heads"),
+    (("--method.routing.whole-layers", 2), "leaves 0 heads"),
     (("--method.shape.patch", 3), "not cut evenly into patches of 3"),
     (("--method.fit.batch-size", 64), "batch_size must lie in 1..48"),
 ]

@@ -11,6 +11,7 @@ from test_route import CONFIG, normal, one_layer, routed, seen
 from tiny import close, mostly_slow, tiny_model, tiny_tokens
 
 import jaxheads as jh
+from jaxheads.edits.mixture import heads_on
 from jaxheads.edits.route import GATES, Route
 from jaxheads.model.encoder_decoder import EncoderDecoderConfig
 
@@ -51,6 +52,16 @@ def test_a_share_is_met_on_average(share, shared):
     on = np.asarray(route.shared).sum(1) + np.asarray(route.top_k)
     assert on.max() - on.min() <= 1
     assert abs(on.sum() - share * 48) <= 0.5
+
+
+def test_heads_on_spreads_what_the_whole_layers_leave():
+    np.testing.assert_array_equal(heads_on(4, 8, 0.75, 1), [8, 5, 6, 5])
+    np.testing.assert_array_equal(heads_on(4, 8, 0.5), [4, 4, 4, 4])
+    np.testing.assert_array_equal(heads_on(2, 8, 1.0, 2), [8, 8])
+    for layers, heads, share, whole in ((6, 8, 0.5, 1), (5, 7, 0.81, 2), (12, 12, 0.33, 0)):
+        counts = heads_on(layers, heads, share, whole)
+        assert (counts[:whole] == heads).all() and np.ptp(counts[whole:]) <= 1
+        assert counts.sum() == int(share * heads * layers + 0.5)
 
 
 def test_which_weights_there_are_follows_from_the_form():
@@ -98,7 +109,10 @@ BAD = {
         {"shared": 4, "share": 0.5},
         "layer 0: 4 shared heads are more than share=0.5 leaves on, 3 of 6",
     ),
-    "little share": ({"shared": 0, "share": 0.1}, "layer 1: no shared head and top_k = 0"),
+    "little share": (
+        {"shared": 0, "share": 0.1},
+        "share 0.1 of 3 layers of 6 heads, of which 0 keep all, leaves 1.8 heads for the 3 others",
+    ),
     "both": (
         {"shared": 1, "share": 0.5, "top_k": 2},
         "give one of top_k and share, got top_k=2 and share=0.5",

@@ -15,7 +15,8 @@ import jaxheads as jh
 from jaxheads.data.rows import ArrayRows
 from jaxheads.methods.fine_tuning import Rest
 from jaxheads.methods.method import TextData
-from jaxheads.methods.moh import Moh, Routed, routed_loss, weights_of
+from jaxheads.methods.moh import Moh, Routed
+from jaxheads.methods.variants import routed_loss, split_variant
 from jaxheads.routing import RoutingPenalty
 from jaxheads.train.fit import Fit
 from jaxheads.train.job import Job, _step
@@ -52,8 +53,8 @@ def test_continue_tuning_lowers_the_loss_and_leaves_the_model_alone():
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, model.params), before)
     routes = ["moh 0.75", "moh 0.5", "random 0.75", "random 0.5"]
     assert list(tuned) == [*routes, "dense", *(f"{name} at first" for name in routes)]
-    # Shares, and random routing or not, are arrays: one step for each kind, and one for dense.
-    assert _step.cache_info().misses - steps == 2
+    # Shares are arrays: one step serves all, traced for routers, random ones and dense.
+    assert _step.cache_info().misses - steps == 1
     every = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     for name in routes:
         route, first = tuned[name].edits["z"], tuned[f"{name} at first"].edits["z"]
@@ -75,7 +76,7 @@ def test_a_router_with_weights_is_trained_beside_chosen_parameters():
     model, tuned = trained(**options)
     assert list(tuned) == ["moh 0.5", "moh 0.5 at first"]
     route, first = tuned["moh 0.5"].edits["z"], tuned["moh 0.5 at first"].edits["z"]
-    for name, leaf in weights_of(route).items():
+    for name, leaf in route.weights.items():
         moved = np.abs(np.asarray(leaf - getattr(first, name))).max(axis=(1, 2))
         assert (moved > 1e-3).all(), name
     np.testing.assert_array_equal(route.shared, first.shared)
@@ -107,45 +108,37 @@ def parts(routing, share=0.5):
     model = tiny_model()
     chosen = select(model.params, ("blocks/mlp/*",))
     route = routing.route(model.config, share, jax.random.key(0))
-    without = dataclasses.replace(route, router=None, shared_router=None, balance=None)
-    frozen = {
-        "rest": Rest(chosen.frozen, model.config),
-        "route": without,
-        "penalty": RoutingPenalty(0.01),
-    }
     # Copied: a step takes what it is given.
     params = jax.tree.map(jnp.copy, chosen.trainable)
-    return {"params": params, "route": weights_of(route)}, frozen
+    rest, penalty = Rest(chosen.frozen, model.config), RoutingPenalty(0.01)
+    return split_variant(params, jh.Edits(z=route), rest, penalty)
 
 
 def test_random_routing_draws_anew_at_each_step_and_is_fixed_when_measured():
-    trainable, frozen = parts(dataclasses.replace(QUERY_NORM, scores="random"))
+    trainable, fixed = parts(dataclasses.replace(QUERY_NORM, scores="random"))
     batch = task_data().train_batch
-    run = jax.jit(lambda key: routed_loss(trainable, frozen, batch, key)[0])
+    run = jax.jit(lambda key: routed_loss(trainable, fixed, batch, key)[0])
     first, second = run(jax.random.key(0)), run(jax.random.key(1))
     assert first == run(jax.random.key(0)) != second
-    measured = jax.jit(lambda: routed_loss(trainable, frozen, batch, None))
+    measured = jax.jit(lambda: routed_loss(trainable, fixed, batch, None))
     loss, metrics = measured()
     assert loss == measured()[0]
-    route = frozen["route"]
     assert metrics["task_loss"] == loss - 0.01 * metrics["balance"]
-    np.testing.assert_allclose(
-        metrics["task_loss"], loss_of(tiny_model(), jh.Edits(z=route)), rtol=1e-5
-    )
+    np.testing.assert_allclose(metrics["task_loss"], loss_of(tiny_model(), fixed.edits), rtol=1e-5)
 
 
 def test_a_step_with_scores_of_nan_is_not_taken():
-    trainable, frozen = parts(Routed())
+    trainable, fixed = parts(Routed())
     optimizer = Optimizer(learning_rate=0.1).build(4)
     step = make_step(routed_loss, optimizer)
     batch = task_data().train_batch
-    good, metrics = step(start(trainable, optimizer), frozen, batch)
+    good, metrics = step(start(trainable, optimizer), fixed, batch)
     assert good.finite and good.step == 1 and np.isfinite(metrics["balance"])
-    route = good.trainable["route"]
+    route = good.trainable["edits"]["z"]
     spoiled = route | {"router": route["router"].at[1, 3].set(np.nan)}
-    trainable = good.trainable | {"route": spoiled}
+    trainable = good.trainable | {"edits": {"z": spoiled}}
     kept = jax.tree.map(np.array, trainable)
-    bad, metrics = step(good.replace(trainable=trainable), frozen, batch)
+    bad, metrics = step(good.replace(trainable=trainable), fixed, batch)
     assert not bad.finite and bad.step == 1 and np.isnan(metrics["loss"])
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, bad.trainable), kept)
 
@@ -157,12 +150,13 @@ BAD = {
     "share": (lambda: Routed(shares=(0.5, 1.5)), r"got \(0.5, 1.5\)"),
     "twice": (lambda: Routed(shares=(0.5, 0.5)), "shares must differ"),
     "shared": (lambda: Routed(shared=1.2), r"shared must lie in \[0, 1\], got 1.2"),
+    "whole": (lambda: Routed(whole_layers=-1), "whole_layers must be at least 0, got -1"),
     "weight": (lambda: Routed(balance=-1), "balance must be at least 0, got -1"),
     "remat": (lambda: Moh(remat="some"), "unknown remat 'some'"),
     "pattern": (lambda: trained(patterns=("blocks/mpl/*",)), "path or pattern"),
     "none on": (
         lambda: trained(routing=Routed(shares=(0.1,), shared=0.0)),
-        "layer 1: no shared head and top_k = 0",
+        "share 0.1 of 3 layers of 6 heads.* leaves 1.8 heads for the 3 others",
     ),
 }
 

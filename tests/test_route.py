@@ -18,7 +18,6 @@ from jaxheads.routing.statistics import head_gates, heads_chosen
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 CONFIG = tiny_model().config
-EPS = float(np.finfo(np.float32).eps)
 LOOK = {
     "gates": Tap("attn_out", head_gates),
     "chosen": Tap("attn_out", heads_chosen),
@@ -139,7 +138,7 @@ def test_as_many_heads_are_on_as_were_asked_for(form):
 
 
 def test_new_routers_leave_active_heads_as_they_are():
-    """All shared heads and K of n heads: at most two roundings away from 1."""
+    """All shared heads and K of n heads: exactly 1."""
     heads = 16
     pairs = [(n, k) for n in range(heads + 1) for k in range(heads - n + 1) if n + k]
     config = CONFIG.replace(n_heads=heads, n_kv_heads=heads)
@@ -152,10 +151,10 @@ def test_new_routers_leave_active_heads_as_they_are():
     gates = np.asarray(jax.vmap(lambda route: route.routing(context).gates[0, 0])(route))
     on = gates != 0
     np.testing.assert_array_equal(on.sum(-1), [n + k for n, k in pairs])
-    assert np.abs(gates[on] - 1).max() <= 2 * EPS
+    np.testing.assert_array_equal(gates[on], 1)
     # With the standard deviation 0.02 of a new router, too, shared heads are as they were.
     made = jh.mixture_of_heads(CONFIG, jax.random.key(0), shared=2, top_k=2)
-    assert np.abs(seen(made)["gates"][..., :2] - 1).max() <= 2 * EPS
+    np.testing.assert_array_equal(seen(made)["gates"][..., :2], 1)
 
 
 # --- The parts --------------------------------------------------------------------------------
@@ -182,6 +181,7 @@ def test_softmax_among_none_is_zero():
     assert not np.asarray(softmax_among(scores, jnp.zeros(5, bool))).any()
     some = softmax_among(scores, jnp.arange(5) < 3)
     close(some[:, :3], jax.nn.softmax(scores[:, :3]))
+    close(softmax_among(scores, jnp.arange(5) < 3, 2.5), 2.5 * some)
     assert not np.asarray(some[:, 3:]).any()
 
 
@@ -296,6 +296,22 @@ def test_random_loads_are_equal():
     np.testing.assert_array_equal(loads[:2], 1)
     # Four standard deviations of 4,096 draws.
     np.testing.assert_allclose(loads[2:], 0.25, atol=4 * np.sqrt(0.25 * 0.75 / 4096))
+
+
+def test_what_is_drawn_picks_heads_and_does_not_weigh_them():
+    new = jh.mixture_of_heads(CONFIG, jax.random.key(0), shared=(2, 0, 3), top_k=3, scores="random")
+    found = seen(new)
+    np.testing.assert_array_equal(found["gates"], found["chosen"].astype(np.float32))
+    # Trained, it weighs shared heads, and all of its routed heads as one.
+    for gates in ("renormalised", "two_stage"):
+        edits = routed(gates, "random", (2, 0, 3), 3)
+        found, always = seen(edits), np.asarray(edits["z"].shared)[:, None, None]
+        at_picked = np.where(found["chosen"] & ~always, found["gates"], np.nan)
+        np.testing.assert_array_equal(np.nanmin(at_picked, -1), np.nanmax(at_picked, -1))
+        assert np.ptp(found["gates"][0][..., :2]) > 0.1 and np.nanstd(at_picked[0]) > 0.01
+    layer = one_layer(edits["z"], 0, normal(2, 5, 40))
+    close(layer.probabilities[..., 2:], 0.25)
+    close(layer.log_z, np.log(4))
 
 
 @pytest.mark.parametrize("scores", mostly_slow(SCORES, "linear", "random"))

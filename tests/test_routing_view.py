@@ -440,7 +440,7 @@ def test_the_command_tells_and_writes(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page, numbers = tmp_path / "page.html", tmp_path / "a.json"
-    assert called(saved, "--text", SENTENCE, "--out", str(page), "--json", str(numbers)) == 0
+    assert called(saved, "--text", SENTENCE, "--report", str(page), "--json", str(numbers)) == 0
     told = capsys.readouterr().out
     assert "routing over 640 tokens" in told and "2 of 2 heads that choose" in told
     raw = json.loads(numbers.read_text())
@@ -462,7 +462,7 @@ def test_the_command_tells_and_writes(
         (["--source", "images:digits"], "holds images, expected text"),
         (["--rows", "0"], "--rows must be at least 1, got 0"),
         (["--length", "65"], "64"),
-        (["--out", "/"], "is a directory"),
+        (["--report", "/"], "is a directory"),
     ],
 )
 def test_the_command_tells_mistakes_in_one_line(

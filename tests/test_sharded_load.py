@@ -1,15 +1,8 @@
-"""Loading: into the shards of a mesh, of fake devices and of two processes; and from the hub.
-
-The fake devices need processes of their own, which run this file as a script.
-"""
+"""Loading: into the shards of a mesh, of fake devices and of two processes; and from the hub."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +11,7 @@ import gguf
 import jax
 import numpy as np
 import pytest
+from devices import free_address, launch, on_eight_devices, result
 
 import jaxheads as jh
 from jaxheads.convert import load_model
@@ -26,11 +20,6 @@ from jaxheads.convert.hub import download, parse_id
 from jaxheads.convert.place import by_axes
 from jaxheads.model.parameters import flatten, parameter_table
 
-ROOT = Path(__file__).resolve().parent.parent
-CACHED = {  # as in conftest.py
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-}
 KINDS = ("huggingface", "gguf", "native")
 SHAPE = {"n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "head_dim": 8, "d_model": 32, "d_mlp": 64}
 
@@ -87,9 +76,8 @@ def write_gguf(path: Path, config: jh.ModelConfig) -> Path:
 # What the other processes do.
 
 
-def eight_devices(folder: str) -> dict[str, Any]:
+def on_a_mesh(folder: str) -> dict[str, Any]:
     """Loads every kind of checkpoint onto a mesh of 2 x 4, and onto one device."""
-    jax.config.update("jax_num_cpu_devices", 8)
     auto = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=auto)
     tokens = np.random.default_rng(0).integers(0, 20, (2, 16))
@@ -131,13 +119,13 @@ def eight_devices(folder: str) -> dict[str, Any]:
     return found
 
 
-def one_of_two_processes(folder: str, address: str, number: str) -> dict[str, Any]:
+def one_of_two_processes(folder: str, address: str, number: int) -> dict[str, Any]:
     """Loads half of a model, and says how much of the file its memory saw."""
     from jaxheads.convert.readers import Reader
     from jaxheads.convert.safetensors_files import SafetensorsReader
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(address, num_processes=2, process_id=int(number))
+    jax.distributed.initialize(address, num_processes=2, process_id=number)
     kept: list[np.ndarray] = []
     read = SafetensorsReader.read
 
@@ -171,24 +159,12 @@ def one_of_two_processes(folder: str, address: str, number: str) -> dict[str, An
     }
 
 
-def run(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, __file__, *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | CACHED)
-
-
-def result(process: subprocess.Popen[str]) -> dict[str, Any]:
-    out, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return json.loads(out.splitlines()[-1])
-
-
 # Fake devices.
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return result(run("eight_devices", str(tmp_path_factory.mktemp("sharded"))))
+    return on_eight_devices(on_a_mesh, str(tmp_path_factory.mktemp("sharded")))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -226,10 +202,8 @@ def test_a_process_reads_only_what_its_devices_hold(tmp_path):
     vocabulary = 1 << 18  # 32 MB, most of the file
     model = jh.Transformer.random(config(vocab_size=vocabulary), jax.random.key(0))
     path = jh.export(model, tmp_path / "hf")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    processes = [run("one_of_two_processes", str(path), address, str(i)) for i in range(2)]
+    address = free_address()
+    processes = [launch(one_of_two_processes, str(path), address, i) for i in range(2)]
     size = (path / "model.safetensors").stat().st_size
     for number, process in enumerate(processes):
         facts = result(process)
@@ -261,7 +235,7 @@ def memory_and_seconds() -> dict[str, float]:
 
 @pytest.mark.slow
 def test_loading_needs_little_more_memory_than_the_weights():
-    facts = result(run("memory_and_seconds"))
+    facts = result(launch(memory_and_seconds))
     assert facts["growth"] <= 2.2
     assert facts["seconds"] <= 15
 
@@ -386,7 +360,3 @@ def test_what_is_not_there_says_how_to_get_it(tmp_path):
     lay_out(tmp_path, "org/name", tmp_path / "empty")
     with pytest.raises(ValueError, match=r"has no config.json with safetensors .*org/name:FILE"):
         download("org/name", **here)
-
-
-if __name__ == "__main__":
-    print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))

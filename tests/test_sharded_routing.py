@@ -1,22 +1,15 @@
-"""Routing of heads divided over 8 fake devices gives what one device gives, in both modes.
-
-The fake devices need a process of their own, which runs this file as a script.
-"""
+"""Routing of heads divided over 8 fake devices gives what one device gives, in both modes."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from devices import on_eight_devices
 
 import jaxheads as jh
 from jaxheads.data import ArrayRows
@@ -24,7 +17,7 @@ from jaxheads.edits import mixture_of_heads
 from jaxheads.methods.fine_tuning import Rest
 from jaxheads.methods.measure import measure
 from jaxheads.methods.method import TextData, Tuned
-from jaxheads.methods.moh import fit_variants, routed_loss, weights_of
+from jaxheads.methods.variants import fit_variants, routed_loss, split_variant
 from jaxheads.model.context import Tap
 from jaxheads.model.parameters import flatten
 from jaxheads.routing import RoutingPenalty
@@ -34,11 +27,6 @@ from jaxheads.train.mesh import abstract_mesh
 from jaxheads.train.rules import paths, specs
 from jaxheads.train.step import start
 
-ROOT = Path(__file__).resolve().parent.parent
-CACHED = {  # as in conftest.py
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-}
 SHAPE = {"n_layers": 2, "n_heads": 8, "head_dim": 8, "d_model": 32, "d_mlp": 128, "vocab_size": 256}
 ROWS, LENGTH, TOP_K = 16, 8, 3
 FORMS = {
@@ -69,8 +57,6 @@ MORE: dict[str, Case] = {
     "auto, few key heads": ({"tensor": 8, "mode": "auto"}, 2),
     "auto, sequence": ({"sequence": 2, "tensor": 2, "mode": "auto"}, 4),
 }
-# The meshes, and the forms whose gradients are compared on them.
-CASES = {"MESHES": (MESHES, TRAINED[:1]), "MORE": (MORE, TRAINED)}
 ONE_SHARE_OF_ROWS = ("a head on each device", "one key head", "auto, few key heads", "sequence")
 
 
@@ -86,9 +72,9 @@ def route_of(config: jh.ModelConfig, form: str) -> jh.Route:
     edits = mixture_of_heads(config, key, shared=[2, 0], top_k=TOP_K, gates=gates, scores=scores)
     route = edits["z"]
     keys = jax.random.split(jax.random.key(2), 3)
-    leaves = weights_of(route).items()
+    leaves = route.weights.items()
     drawn = {n: jax.random.normal(k, w.shape) for (n, w), k in zip(leaves, keys, strict=False)}
-    return dataclasses.replace(route, **drawn)
+    return route.with_weights(drawn)
 
 
 def text() -> jh.Batch:
@@ -125,10 +111,8 @@ def gradients(trainable: Any, frozen: Any, batch: jh.Batch) -> Any:
 def parts(model: jh.Transformer, form: str) -> tuple[Any, Any]:
     """What `fit_variants` trains and what it holds."""
     route = route_of(model.config, form)
-    without = dataclasses.replace(route, **dict.fromkeys(weights_of(route)))
-    penalty = RoutingPenalty(BALANCE, 0.01)
-    frozen = {"rest": Rest({}, model.config), "route": without, "penalty": penalty}
-    return {"params": model.params, "route": weights_of(route)}, frozen
+    rest, penalty = Rest({}, model.config), RoutingPenalty(BALANCE, 0.01)
+    return split_variant(model.params, jh.Edits(z=route), rest, penalty)
 
 
 @functools.cache
@@ -185,14 +169,16 @@ def train(mesh: Any, kv_heads: int, accumulate: int = 1) -> dict[str, Any]:
     job = Job(mesh=mesh, on_step=lambda report: logged.append(report.metrics))
     fit = dataclasses.replace(FIT, accumulate=accumulate)
     route, penalty = route_of(model.config, "two_stage"), RoutingPenalty(BALANCE)
-    rest, data = Rest({}, model.config), {"rows": rows}
-    routes = {"moh": route}
-    found = fit_variants(job, model.params, rest, routes, penalty, fit, data, dense=False)["moh"]
+    rest, edits = Rest({}, model.config), {"moh": jh.Edits(z=route)}
+    found = fit_variants(
+        job, routed_loss, model.params, edits, rest=rest, penalty=penalty, fit=fit,
+        rows={"rows": rows},
+    )["moh"]  # fmt: skip
     params, route = found.params, found.edits["z"]
-    where = {name: str(leaf.sharding) for name, leaf in weights_of(route).items()}
+    where = {name: str(leaf.sharding) for name, leaf in route.weights.items()}
     tuned = Tuned(edits=jh.Edits(z=route), params=params)
     score = measure(job, model, TextData(rows, rows), tuned, ROWS)["loss"]
-    leaves = dict(flatten({"params": params, "route": weights_of(route)}))
+    leaves = dict(flatten({"params": params, "route": route.weights}))
     metrics = {k: np.asarray([step[k] for step in logged]) for k in ("loss", "balance")}
     return {
         "trained": {path: np.asarray(leaf) for path, leaf in leaves.items()},
@@ -213,25 +199,21 @@ def _far(one: Any, other: Any) -> float:
     return float(np.abs(one - other).max() / max(0.01, np.abs(one).max()))
 
 
-def eight_devices(cases: dict[str, Case], trained: tuple[str, ...]) -> dict[str, Any]:
-    """For each mesh the largest differences from one device."""
-    jax.config.update("jax_num_cpu_devices", 8)
-    jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
+def compare(cases: dict[str, Case], trained: list[str]) -> dict[str, Any]:
+    """For each mesh the largest differences from one device; `trained`: forms with gradients."""
     found: dict[str, Any] = {}
     for name, (sizes, kv_heads) in cases.items():
         mesh = make_mesh(Mesh(**sizes))
-        whole, divided = (compute(one, kv_heads, trained) for one in (None, mesh))
+        whole, divided = (compute(one, kv_heads, tuple(trained)) for one in (None, mesh))
         rows = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
-        router = np.abs(whole["gradient"]["two_stage"]["route"]["router"]).max()
+        router = np.abs(whole["gradient"]["two_stage"]["edits"]["z"]["router"]).max()
         balance = balances(divided, rows)
         found[name] = {"far": far(whole, divided), "balance": balance, "router": float(router)}
     return found
 
 
-def eight_devices_training(sizes: dict[str, Any], kv_heads: int) -> dict[str, Any]:
+def compare_training(sizes: dict[str, Any], kv_heads: int) -> dict[str, Any]:
     """Training on one device and on eight, whole and in two parts."""
-    jax.config.update("jax_num_cpu_devices", 8)
-    jax.config.update("jax_disable_most_optimizations", True)
     mesh = make_mesh(Mesh(**sizes))
     runs = {"one": (None, 1), "eight": (mesh, 1), "parts": (mesh, 2), "one, parts": (None, 2)}
     ran = {name: train(mesh, kv_heads, parts) for name, (mesh, parts) in runs.items()}
@@ -247,15 +229,6 @@ def eight_devices_training(sizes: dict[str, Any], kv_heads: int) -> dict[str, An
     }
 
 
-def run(*which: str) -> Any:
-    command = [sys.executable, __file__, *which]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | CACHED, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def check(found: dict[str, float]) -> None:
     for path, distance in found.items():
         assert distance < 1e-5, path
@@ -263,7 +236,7 @@ def check(found: dict[str, float]) -> None:
 
 @pytest.fixture(scope="module")
 def found():
-    return run("MESHES")
+    return on_eight_devices(compare, MESHES, TRAINED[:1])
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -272,7 +245,7 @@ def test_divided_routing_equals_undivided_routing(found, name):
     for form in FORMS:
         assert {f"logits/{form}", f"routing/{form}/gates", f"routing/{form}/chosen"} <= set(far)
     assert {"loss/two_stage", "metrics/two_stage/balance"} <= set(far)
-    assert "gradient/two_stage/route/router" in far
+    assert "gradient/two_stage/edits/z/router" in far
     assert found[name]["router"] > 0.01
     check(far)
 
@@ -292,7 +265,7 @@ def test_the_balance_loss_is_of_means_over_all_devices(found, name):
 
 @pytest.mark.slow
 def test_other_meshes_too():
-    for name, one in run("MORE").items():
+    for name, one in on_eight_devices(compare, MORE, TRAINED).items():
         print(name)
         check(one["far"])
         if name not in ONE_SHARE_OF_ROWS:
@@ -302,7 +275,7 @@ def test_other_meshes_too():
 @pytest.mark.slow
 def test_training_equals_that_of_one_device():
     """Also in parts, whose balance loss is each part's own: near that of the whole batch."""
-    found = run("training")
+    found = on_eight_devices(compare_training, {"fsdp": 2, "tensor": 2}, 4)
     check(found["far"])
     check(found["parts far"])
     assert "spec=P(None, None, 'tensor')" in found["where"]["router"]
@@ -320,14 +293,7 @@ def test_the_state_of_a_router_is_divided_over_its_heads():
     # What is trained, its average and its two moments.
     assert len(routers) == 2 * 4
     assert set(routers.values()) == {jax.P(None, None, "tensor")}
-    rest = {path: spec for path, spec in found.items() if "route/" in path and path not in routers}
+    rest = {path: spec for path, spec in found.items() if "/z/" in path and path not in routers}
     assert {path.split("/")[-1] for path in rest} == {"balance", "shared", "top_k"}
     for path, spec in rest.items():
         assert not any(spec), path
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "training":
-        print(json.dumps(eight_devices_training({"fsdp": 2, "tensor": 2}, 4)))
-    else:
-        print(json.dumps(eight_devices(*CASES[sys.argv[1]])))

@@ -1,29 +1,16 @@
-"""A sweep divided over 8 fake devices gives what one device gives.
-
-The fake devices need a process of their own, which runs this file as a script.
-"""
+"""A sweep divided over 8 fake devices gives what one device gives."""
 
 from __future__ import annotations
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from devices import on_eight_devices
 
 import jaxheads as jh
 from jaxheads.convert.place import by_axes
 from jaxheads.model.parameters import flatten, nest, parameter_table
 
-ROOT = Path(__file__).resolve().parent.parent
-CACHED = {  # as in conftest.py
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-}
 CONFIG = jh.ModelConfig(
     n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, d_model=32, d_mlp=64, vocab_size=50,
     context_length=64,
@@ -66,7 +53,7 @@ def sharded(model: jh.Transformer, mesh: jax.sharding.Mesh) -> jh.Transformer:
     return jh.Transformer(CONFIG, nest(params))
 
 
-def main() -> None:
+def run_divided() -> dict[str, dict[str, list]]:
     model = jh.Transformer.random(CONFIG, jax.random.key(0))
     found = {}
     for name, axes in MESHES.items():
@@ -74,22 +61,12 @@ def main() -> None:
         types = (jax.sharding.AxisType.Auto,) * len(axes)
         mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), types, devices=devices)
         found[name] = run(sharded(model, mesh), mesh)
-    print(json.dumps(found))
+    return found
 
 
 @pytest.fixture(scope="module")
-def on_eight_devices() -> dict[str, dict[str, list]]:
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ
-        | CACHED
-        | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+def divided() -> dict[str, dict[str, list]]:
+    return on_eight_devices(run_divided)
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +75,7 @@ def on_one_device() -> dict[str, list]:
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_every_mesh_gives_what_one_device_gives(name, on_eight_devices, on_one_device):
+def test_every_mesh_gives_what_one_device_gives(name, divided, on_one_device):
     for what, expected in on_one_device.items():
         assert np.abs(expected).max() > 1e-2
-        np.testing.assert_allclose(on_eight_devices[name][what], expected, atol=1e-5)
-
-
-if __name__ == "__main__":
-    main()
+        np.testing.assert_allclose(divided[name][what], expected, atol=1e-5)

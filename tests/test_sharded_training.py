@@ -1,20 +1,13 @@
-"""Training divided over 8 fake devices gives what one device gives, in both modes of sharding.
-
-The fake devices need a process of their own, which runs this file as a script.
-"""
+"""Training divided over 8 fake devices gives what one device gives, in both modes of sharding."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from devices import on_eight_devices
 
 import jaxheads as jh
 from jaxheads.data import ArrayRows
@@ -22,11 +15,6 @@ from jaxheads.model.parameters import flatten
 from jaxheads.train import Fit, Job, Mesh, Optimizer, make_mesh
 from jaxheads.train.losses import language_loss
 
-ROOT = Path(__file__).resolve().parent.parent
-CACHED = {  # as in conftest.py
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-}
 SHAPE = {"n_layers": 2, "n_heads": 8, "head_dim": 8, "d_model": 32, "d_mlp": 128, "vocab_size": 256}
 # A large eps: else rounding decides the sign of the step of a gradient near zero.
 ADAM = Optimizer(learning_rate=1e-2, weight_decay=0.1, clip=1.0, eps=1e-3)
@@ -105,10 +93,8 @@ def train(mesh: Any, kv_heads: int, fit: dict[str, Any], *, both: bool) -> dict[
     return {"losses": losses, "leaves": leaves, "specs": specs}
 
 
-def eight_devices(cases: dict[str, Case]) -> dict[str, Any]:
+def compare(cases: dict[str, Case]) -> dict[str, Any]:
     """For each mesh the losses, and the largest differences from one device."""
-    jax.config.update("jax_num_cpu_devices", 8)
-    jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
     found = {}
     for name, (sizes, kv_heads, fit) in cases.items():
         mesh = make_mesh(Mesh(**sizes))
@@ -123,15 +109,6 @@ def eight_devices(cases: dict[str, Case]) -> dict[str, Any]:
     return found
 
 
-def run(which: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, which]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | CACHED, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def check(found: dict[str, Any]) -> None:
     whole, divided = found["losses"]
     assert len(whole) in (3, 6)
@@ -142,7 +119,7 @@ def check(found: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def found():
-    return run("MESHES")
+    return on_eight_devices(compare, MESHES)
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -158,10 +135,6 @@ def test_the_result_stays_divided(found):
 
 @pytest.mark.slow
 def test_other_meshes_too():
-    for name, one in run("MORE").items():
+    for name, one in on_eight_devices(compare, MORE).items():
         print(name)
         check(one)
-
-
-if __name__ == "__main__":
-    print(json.dumps(eight_devices(globals()[sys.argv[1]])))

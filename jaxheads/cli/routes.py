@@ -36,12 +36,12 @@ def routes(
     top: int = 10,
     seed: int = 0,
     json: Path | None = None,
-    out: Path | None = None,
+    report: Path | None = None,
     dtype: Dtype | None = None,
 ) -> None:
     """Show which heads a router (mixture of heads) chooses, and at which tokens.
 
-    Example: jaxheads routes runs/moh/model --edits runs/moh/edits.safetensors --out routes.html
+    Example: jaxheads routes runs/moh/model --edits runs/moh/edits.safetensors --report routes.html
 
     Args:
         model: A name, a directory or a .gguf file.
@@ -55,7 +55,7 @@ def routes(
         top: Heads to show in the table of specialities.
         seed: Of the shuffled tokens with which specialities are compared.
         json: Save the numbers here.
-        out: Write an HTML page here.
+        report: Write an HTML page here.
         dtype: Of parameters and activations.
     """
     counts = {"--rows": rows, "--minimum": minimum, "--top": top}
@@ -64,7 +64,7 @@ def routes(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if text is not None and not text.strip():
         raise ValueError(f"--text must be a sentence, got {text!r}")
-    for path in (json, out):
+    for path in (json, report):
         check_target(path)
     from jaxheads.data import open_source
     from jaxheads.routing import examine, in_batches
@@ -98,13 +98,13 @@ def routes(
     if json:
         write_json(json, view.to_json() | {"settings": settings})
         say(f"numbers in {json}")
-    if out:
+    if report:
         from jaxheads.report import Report, write
         from jaxheads.report.routing import add_routing
 
         page = Report(f"Routing of {model}", f"The heads that {edits} chooses").facts(settings)
-        write(add_routing(page, view), out)
-        say(f"page in {out}")
+        write(add_routing(page, view), report)
+        say(f"report in {report}")
 
 
 def _check_router(path: Path) -> None:

@@ -38,6 +38,7 @@ cache is refused: the cache does not hold which expert took a token.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
@@ -46,7 +47,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxheads.edits.route import Routing, top_k_among
+from jaxheads.edits.route import Routing, layer_keys, softmax_among, top_k_among
 from jaxheads.model.attention import MASKED
 from jaxheads.model.config import ModelConfig
 from jaxheads.model.context import Context
@@ -101,6 +102,26 @@ class Experts:
         gates = lay(gates, axes_of(value)[:3]).astype(value.dtype)
         return value * (gates[..., None] if value.ndim == 4 else gates)
 
+    @property
+    def weights(self) -> dict[str, Array]:
+        """What is trained: "gating", unless experts are random."""
+        return {} if self.gating is None else {"gating": self.gating}
+
+    def with_weights(self, weights: Mapping[str, Any]) -> Experts:
+        """The experts with other weights, as `weights` gives them."""
+        return dataclasses.replace(self, **weights)
+
+    def without_weights(self) -> Experts:
+        """The experts without what is trained."""
+        return dataclasses.replace(self, gating=None)
+
+    def redrawn(self, key: Array) -> Experts:
+        """Random experts that draw anew, others in each branch; any other as they are."""
+        if self.keys is None:
+            return self
+        mine = jax.random.fold_in(key, list(SITES).index(self.source))
+        return dataclasses.replace(self, keys=layer_keys(mine, len(self.keys)))
+
     def routing(self, context: Context) -> Routing:
         """Which experts have which tokens; the last axis of all is n.
 
@@ -113,29 +134,26 @@ class Experts:
           ValueError: experts that do not fit the model; those that choose, in a causal one.
         """
         self._check(context.config)
-        scores, ranking = self._scores(context)
-        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-        total = weights.sum(axis=-1, keepdims=True)
-        # k w / (sum of k equal w) is 1 exactly, which k p / (sum of p) need not be.
+        scores, draws = self._scores(context)
+        probabilities = softmax_among(scores, True)
+        ranking = probabilities if draws is None else draws
         if self.capacity is None:
             chosen = top_k_among(ranking, self.top_k or 0)
-            kept = jnp.sum(jnp.where(chosen, weights, 0.0), axis=-1, keepdims=True)
-            gates = (self.top_k or 0) * weights / kept
+            gates = softmax_among(scores, chosen, self.top_k or 0)
         else:
             chosen = best_tokens(ranking, context.token_mask, self.capacity)
-            gates = self.n_experts * weights / total
-        gates = jnp.where(chosen | jnp.isnan(weights), gates, 0.0)
+            gates = softmax_among(scores, True, self.n_experts)
+        gates = jnp.where(chosen | jnp.isnan(probabilities), gates, 0.0)
         log_z = jax.nn.logsumexp(scores, axis=-1)
-        return Routing(weights / total, chosen, gates, log_z)
+        return Routing(probabilities, chosen, gates, log_z)
 
-    def _scores(self, context: Context) -> tuple[Array, Array]:
-        """The router's scores and what is chosen by, float32 [B,T,n] each."""
+    def _scores(self, context: Context) -> tuple[Array, Array | None]:
+        """The router's scores, float32 [B,T,n], and as many draws of random experts."""
         x = getattr(context, self.source)
         if self.gating is not None:
             # Not rounded to bfloat16, and on every device of a mesh whole over experts.
             gating = self.gating.astype(jnp.float32)
-            scores = whole(contract("btd,dn->btn", x.astype(jnp.float32), gating), 2)
-            return scores, jax.nn.softmax(scores, axis=-1)
+            return whole(contract("btd,dn->btn", x.astype(jnp.float32), gating), 2), None
         assert self.keys is not None
         shape, axes = (*x.shape[:2], self.n_experts), (*axes_of(x)[:2], ())
         drawn = jax.random.uniform(jax.random.wrap_key_data(self.keys), shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from jaxheads.edits.build import Heads, head_mask
 from jaxheads.edits.edits import Edits
-from jaxheads.edits.route import GATES, SCORES, Route
+from jaxheads.edits.route import GATES, SCORES, Route, layer_keys
 from jaxheads.model.config import ModelConfig
 from jaxheads.names import choose
 
@@ -73,11 +72,6 @@ def mixture_of_heads(
     return Edits(z=route)
 
 
-def layer_keys(key: Array, n_layers: int) -> Array:
-    """uint32 [L,2], the data of one random key for each layer."""
-    return jax.random.key_data(jax.random.split(key, n_layers))
-
-
 def shared_heads(config: ModelConfig, shared: int | Sequence[int] | Heads) -> np.ndarray:
     """bool [L,H], the heads that are always on, as `mixture_of_heads` takes them.
 
@@ -114,7 +108,13 @@ def _top_k(
         raise ValueError(f"give one of top_k and share, got top_k={top_k} and share={share}")
     routed = (~shared).sum(axis=1)
     if share is not None:
-        counts = _spread(config, shared, share)
+        counts = heads_on(config.n_layers, config.n_heads, share) - shared.sum(axis=1)
+        if (counts < 0).any():
+            layer = int(np.argmax(counts < 0))
+            raise ValueError(
+                f"layer {layer}: {shared[layer].sum()} shared heads are more than share={share} "
+                f"leaves on, {share * config.n_heads:g} of {config.n_heads}"
+            )
     elif isinstance(top_k, int | np.integer):
         counts = np.full(config.n_layers, top_k)
     else:
@@ -134,17 +134,32 @@ def _top_k(
     return counts.astype(np.int32)
 
 
-def _spread(config: ModelConfig, shared: np.ndarray, share: float) -> np.ndarray:
-    """K of each layer for a mean share of heads on."""
-    if not 0 < share <= 1 or not math.isfinite(share):
+def heads_on(n_layers: int, n_heads: int, share: float, whole_layers: int = 0) -> np.ndarray:
+    """How many heads stay on in each layer, int [L].
+
+    The first layers keep all; the others differ by at most one, and the mean over all layers is
+    as near to the share as it can be.
+
+    Args:
+      n_layers: L.
+      n_heads: H.
+      share: mean share of heads that stay on, in (0, 1].
+      whole_layers: how many of the first layers keep all.
+
+    Raises:
+      ValueError: a share outside (0, 1], more whole layers than layers, none that is routed though
+        the share is below 1, or a share that leaves some layer without a head.
+    """
+    if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], got {share}")
-    wanted = share * config.n_heads
-    ends = np.floor(np.arange(1, config.n_layers + 1) * wanted + 0.5).astype(int)
-    counts = np.diff(ends, prepend=0) - shared.sum(axis=1)
-    if (counts < 0).any():
-        layer = int(np.argmax(counts < 0))
+    if not 0 <= whole_layers <= n_layers:
+        raise ValueError(f"whole_layers must lie in 0..{n_layers}, got {whole_layers}")
+    routed = n_layers - whole_layers
+    left = share * n_heads * n_layers - n_heads * whole_layers
+    if (routed == 0 and share < 1) or left < routed:
         raise ValueError(
-            f"layer {layer}: {shared[layer].sum()} shared heads are more than share={share} "
-            f"leaves on, {wanted:g} of {config.n_heads}"
+            f"share {share:g} of {n_layers} layers of {n_heads} heads, of which {whole_layers} "
+            f"keep all, leaves {max(left, 0):g} heads for the {routed} others"
         )
-    return counts
+    ends = np.floor(np.arange(1, routed + 1) * (left / max(routed, 1)) + 0.5).astype(int)
+    return np.concatenate([np.full(whole_layers, n_heads), np.diff(ends, prepend=0)])

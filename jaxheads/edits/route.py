@@ -24,17 +24,23 @@ not chosen (Bengio et al. 2013, "Estimating or Propagating Gradients Through Sto
 Ties go to the head with the lower index, as in `jax.lax.top_k`. A token whose scores are NaN has
 gates of NaN at its routed heads, in every form: a choice among them would mean nothing, and a
 training step that meets it stops.
+
+The scores of a "random" router are equal, and its heads are drawn. What is drawn picks heads and
+does not weigh them, so that as a control it differs from a router in nothing but the choice.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from jaxheads.model.attention import MASKED, Keys, Slots
 from jaxheads.model.chosen import Logits, attend_chosen, check_alone
 from jaxheads.model.context import Context
 from jaxheads.model.layout import axes_of, contract, lay, whole
@@ -46,6 +52,8 @@ GATES = ("two_stage", "renormalised", "straight_through")
 SCORES = ("linear", "query_norm", "random")
 PLACES = ("z", "cross.z")
 """The sites where heads can be routed."""
+WEIGHTS = ("router", "shared_router", "balance")
+"""What of a `Route` is trained, where it has it."""
 
 
 @struct.dataclass
@@ -78,8 +86,8 @@ class Route:
       router: float32 [L,D,H], W_r of a "linear" router; the columns of shared heads are unused.
       shared_router: float32 [L,D,H], W_s; None with `straight_through` gates.
       balance: float32 [L,D,2], W_h; None with `straight_through` gates.
-      keys: uint32 [L,2], the data of random keys of a "random" router: scores are drawn for
-        each row and slot, whatever is there. A control.
+      keys: uint32 [L,2], the data of random keys of a "random" router: heads are drawn for each
+        row and slot, whatever is there. A control.
       gates: one of `GATES`. Static.
       scores: one of `SCORES`. Static. "query_norm" has no weights: the norms of the queries
         before their position encoding, divided by their unbiased standard deviation over the
@@ -114,6 +122,25 @@ class Route:
         gates = lay(self.routing(context).gates, axes_of(value)[:3])
         return value * gates[..., None].astype(value.dtype)
 
+    @property
+    def weights(self) -> dict[str, Array]:
+        """What is trained: the leaves of `WEIGHTS` that there are, by name."""
+        return {name: leaf for name in WEIGHTS if (leaf := getattr(self, name)) is not None}
+
+    def with_weights(self, weights: Mapping[str, Any]) -> Route:
+        """The router with other weights, as `weights` gives them."""
+        return dataclasses.replace(self, **weights)
+
+    def without_weights(self) -> Route:
+        """The router without what is trained."""
+        return self.with_weights(dict.fromkeys(WEIGHTS))
+
+    def redrawn(self, key: Array) -> Route:
+        """A "random" router that draws anew, from a random key; any other as it is."""
+        if self.keys is None:
+            return self
+        return dataclasses.replace(self, keys=layer_keys(key, len(self.keys)))
+
     def skipping(self, block: int = 128) -> Route:
         """The same router, run without computing the heads that a token did not choose.
 
@@ -142,8 +169,7 @@ class Route:
     def attend(
         self,
         q: Array,
-        k: Array,
-        v: Array,
+        keys: Keys,
         weight: Array,
         context: Context,
         allowed: Array,
@@ -154,8 +180,7 @@ class Route:
 
         Args:
           q: [B,T,H,Dh].
-          k: [B,S,K,Dh].
-          v: [B,S,K,Dh].
+          keys: what the queries see: `Slots`.
           weight: [H,Dh,D].
           context: the place in the computation.
           allowed: bool [B,1,T or 1,S].
@@ -167,16 +192,22 @@ class Route:
 
         Raises:
           ValueError: something else edits, taps or reads what is not computed; heads or tokens
-            are divided over a mesh.
+            are divided over a mesh; keys in a head-wise cache.
         """
         assert self.skip is not None
+        if not isinstance(keys, Slots):
+            raise ValueError(
+                "a Route that skips heads reads the keys of every head at all slots, which a "
+                "head-wise cache does not hold. Use the Route without skipping()"
+            )
         check_alone(context, prefix)
         block, most = self.skip
         routing = self.routing(dataclasses.replace(context, site=prefix + "z"))
         logits = Logits(context.config.attn_scale, context.config.attn_softcap)
+        chosen = routing.chosen & context.token_mask[..., None]
         return attend_chosen(
-            q, k, v, weight, routing.chosen & context.token_mask[..., None], routing.gates,
-            allowed, bias, block=block, most=most, logits=logits,
+            q, keys.k, keys.v, weight, chosen, routing.gates, allowed, bias,
+            block=block, most=most, logits=logits,
         )  # fmt: skip
 
     def routing(self, context: Context) -> Routing:
@@ -191,16 +222,21 @@ class Route:
         """
         choose("gates", self.gates, GATES)
         self._check(context)
-        scores = self._scores(context)
         among = ~self.shared
+        scores = self._scores(context)
         probabilities = softmax_among(scores, among)
-        picked = top_k_among(probabilities, self.top_k, among)
-        chosen = picked | self.shared
-        gates = self._gates(context, probabilities, picked)
+        ranking = self._draws(context) if self.scores == "random" else probabilities
+        picked = top_k_among(ranking, self.top_k, among)
+        if self.gates == "straight_through":
+            # Adding zero with a gradient: the value stays exactly 0 or 1.
+            through = probabilities - jax.lax.stop_gradient(probabilities)
+            gates = jnp.where(self.shared, 1.0, picked.astype(jnp.float32) + through)
+        else:
+            gates = self._weighted(context, scores, picked)
         log_z = jax.nn.logsumexp(jnp.where(among, scores, -jnp.inf), axis=-1)
         # Without routed heads there is nothing to normalise.
         log_z = jnp.where(among.any(), log_z, 0.0)
-        return Routing(probabilities, chosen, gates, log_z)
+        return Routing(probabilities, picked | self.shared, gates, log_z)
 
     def _scores(self, context: Context) -> Array:
         """float32 [B,T,H], on every device of a mesh whole over heads."""
@@ -208,9 +244,15 @@ class Route:
         if self.scores == "query_norm":
             q = getattr(context, "cross.q") if _crosses(context) else context.q_pre
             return whole(query_norms(q, ~self.shared), 2)
+        x = _input(context)
         if self.scores == "linear":
             assert self.router is not None
-            return whole(_linear(_input(context), self.router), 2)
+            return whole(_linear(x, self.router), 2)
+        shape = (*x.shape[:2], self.shared.shape[0])
+        return lay(jnp.zeros(shape), (*axes_of(x)[:2], ()))
+
+    def _draws(self, context: Context) -> Array:
+        """What a "random" router picks by, float32 [B,T,H]."""
         assert self.keys is not None
         x = _input(context)
         rows, length = x.shape[:2]
@@ -223,24 +265,22 @@ class Route:
         drawn = jax.vmap(lambda key: jax.random.uniform(key, shape), out_axes=1)(keys)
         return lay(drawn, (*axes_of(x)[:2], ()))
 
-    def _gates(self, context: Context, probabilities: Array, picked: Array) -> Array:
-        if self.gates == "straight_through":
-            # Adding zero with a gradient: the value stays exactly 0 or 1.
-            through = probabilities - jax.lax.stop_gradient(probabilities)
-            return jnp.where(self.shared, 1.0, picked.astype(jnp.float32) + through)
+    def _weighted(self, context: Context, scores: Array, picked: Array) -> Array:
+        """The gates that have sizes: those of `two_stage` and `renormalised`."""
         assert self.shared_router is not None and self.balance is not None
         x = _input(context)
-        shared = softmax_among(whole(_linear(x, self.shared_router), 2), self.shared)
-        routed = probabilities
+        shared_scores = whole(_linear(x, self.shared_router), 2)
         parts = jax.nn.softmax(_linear(x, self.balance), axis=-1)
         if self.gates == "renormalised":
-            kept = jnp.sum(jnp.where(picked, routed, 0.0), axis=-1, keepdims=True)
-            routed = routed * self.top_k / jnp.where(kept > 0, kept, 1.0)
-            shared, parts = shared * jnp.sum(self.shared), 2 * parts
+            routed = softmax_among(scores, picked, self.top_k)
+            shared = softmax_among(shared_scores, self.shared, jnp.sum(self.shared))
+            parts = 2 * parts
+        else:
+            routed = jnp.where(picked, softmax_among(scores, ~self.shared), 0.0)
+            shared = softmax_among(shared_scores, self.shared)
         both = jnp.any(self.shared) & (self.top_k > 0)
         parts = jnp.where(both, parts, 1.0)
-        routed = jnp.where(picked, parts[..., 1:] * routed, 0.0)
-        return jnp.where(self.shared, parts[..., :1] * shared, routed)
+        return jnp.where(self.shared, parts[..., :1] * shared, parts[..., 1:] * routed)
 
     def _check(self, context: Context) -> None:
         heads, width = context.config.n_heads, context.config.d_model
@@ -269,18 +309,27 @@ class Route:
                 )
 
 
-def softmax_among(scores: Array, among: Array) -> Array:
-    """Softmax over the last axis of float32 scores [...,E], among some: 0 at the others.
+def layer_keys(key: Array, n_layers: int) -> Array:
+    """uint32 [L,2], the data of one random key for each layer."""
+    return jax.random.key_data(jax.random.split(key, n_layers))
 
-    Where there are none, all are 0.
+
+def softmax_among(scores: Array, among: Array | bool, total: Array | float = 1.0) -> Array:
+    """`total` times the softmax over the last axis of scores, among some: 0 at the others.
+
+    Where there are none, all are 0. n equal scores with a total of n give exactly 1.
 
     Args:
-      scores: [...,E].
+      scores: float32 [...,E].
       among: bool that broadcasts to it.
+      total: what the values sum to.
     """
     # Finite, so that no heads at all give zeros and not NaN.
-    weights = jax.nn.softmax(jnp.where(among, scores, -1e30), axis=-1)
-    return jnp.where(among, weights, 0.0)
+    scores = jnp.where(among, scores, MASKED)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    weights = jnp.where(among, weights, 0.0)
+    kept = weights.sum(axis=-1, keepdims=True)
+    return total * weights / jnp.where(kept == 0, 1.0, kept)
 
 
 def top_k_among(scores: Array, k: Array | int, among: Array | bool = True) -> Array:

@@ -6,8 +6,7 @@ the dense model and the second worse. Trained to predict noise, with the class l
 for classifier-free guidance (`jaxheads.methods.diffusion`), by the weights' moving average.
 
 All variants start from the same weights and see the same batches and noise. The control draws the
-heads of each token, at each step anew, and has gates of 0 and 1: with no router there is nothing
-to weigh heads by.
+heads of each token, at each step anew.
 """
 
 from __future__ import annotations
@@ -24,27 +23,27 @@ import numpy as np
 from flax import struct
 
 from jaxheads.data import Source
-from jaxheads.edits import Edits, Route
-from jaxheads.edits.mixture import layer_keys
 from jaxheads.methods.diffusion import NoiseSchedule, noised
 from jaxheads.methods.dit import dit_config, grid_positions, new_condition, none_of, predict_noise
 from jaxheads.methods.image_samples import (
+    ROWS,
     Weights,
     frechet_distance,
-    in_parts,
     measured_rows,
     recognised,
     row_losses,
     sample,
 )
-from jaxheads.methods.measure import apply
+from jaxheads.methods.image_shape import Shape
+from jaxheads.methods.measure import apply, in_parts
 from jaxheads.methods.method import Data, ImageData, Tuned
-from jaxheads.methods.moh import Routed, weights_of
-from jaxheads.model.config import Image, ModelConfig
+from jaxheads.methods.moh import Routed
+from jaxheads.methods.objective import rows_of
+from jaxheads.methods.variants import Fixed, fit_variants
+from jaxheads.model.config import ModelConfig
 from jaxheads.model.layout import axes_of, lay
 from jaxheads.model.parameters import Tree, random_parameters
 from jaxheads.model.transformer import Transformer
-from jaxheads.routing import RoutingPenalty
 from jaxheads.train.fit import Fit
 from jaxheads.train.optimizer import Optimizer
 from jaxheads.train.step import Metrics
@@ -53,40 +52,6 @@ if TYPE_CHECKING:
     from jaxheads.train.job import Job
 
 Array = jax.Array
-DENSE = "dense"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The shape of the model; images come from the data.
-
-    Attributes:
-      n_layers: L, blocks.
-      n_heads: H, heads.
-      d_model: D, width of the residual stream.
-      d_mlp: F, hidden width of the MLP.
-      patch: pixels along the side of a patch.
-    """
-
-    n_layers: int = 4
-    n_heads: int = 8
-    d_model: int = 64
-    d_mlp: int = 256
-    patch: int = 2
-
-    def config(self, height: int, width: int, channels: int) -> ModelConfig:
-        """The config for images of a size.
-
-        Raises:
-          ValueError: sizes that do not fit together.
-        """
-        return dit_config(
-            Image(height, width, self.patch, channels=channels, prefix=0),
-            n_layers=self.n_layers,
-            n_heads=self.n_heads,
-            d_model=self.d_model,
-            d_mlp=self.d_mlp,
-        )
 
 
 @dataclass(frozen=True)
@@ -128,7 +93,7 @@ class Denoiser:
       ValueError: a `drop` outside [0, 1), more sampling steps than timesteps.
     """
 
-    shape: Shape = field(default_factory=Shape)
+    shape: Shape = field(default_factory=lambda: Shape(d_mlp=256))
     routing: Routed = field(default_factory=lambda: Routed(shares=(0.9, 0.75)))
     controls: bool = True
     noise: NoiseSchedule = field(default_factory=NoiseSchedule)
@@ -157,7 +122,7 @@ class Denoiser:
           ValueError: what are no images, sizes that do not fit together.
         """
         images, _ = source.images()
-        config = self.shape.config(*images.shape[1:])
+        config = dit_config(self.shape, images.shape[1:])
         params = random_parameters(config, jax.random.key(seed))
         params["embed"]["positions"] = grid_positions(config)
         return Transformer(config, params), None
@@ -172,52 +137,22 @@ class Denoiser:
           ValueError: data that are no images, shares that the heads do not allow.
         """
         data = _images(data)
-        key = jax.random.key(job.seed)
-        ways = {"moh": self.routing}
-        if self.controls:
-            ways["random"] = dataclasses.replace(
-                self.routing, scores="random", gates="straight_through"
-            )
-        routes: dict[str, Route | None] = {
-            f"{name} {share:g}": way.route(model.config, share, key)
-            for name, way in ways.items()
-            for share in way.shares
-        }
-        if self.controls:
-            routes[DENSE] = None
         start = {
             "blocks": model.params,
             "condition": starting_condition(model, data.classes, job.seed),
         }
-        return {
-            name: self._fit(job, name, model, start, route, data) for name, route in routes.items()
-        }
-
-    def _fit(
-        self, job: Job, name: str, model: Transformer, start: Tree, route: Route | None,
-        data: ImageData,
-    ) -> Tuned:  # fmt: skip
-        """Trains one variant."""
-        frozen = Frozen(
-            route=None if route is None else untrained(route),
-            penalty=None if route is None else self.routing.penalty,
-            config=model.config,
-            noise=self.noise,
-            drop=self.drop,
+        key = jax.random.key(job.seed)
+        tuned = fit_variants(
+            job,
+            denoising_loss,
+            start,
+            self.routing.variants(model.config, key, controls=self.controls),
+            rest=Setup(model.config, self.noise, self.drop),
+            penalty=self.routing.penalty,
+            fit=self.fit,
+            rows=rows_of(data),
         )
-        trainable = start if route is None else start | {"route": weights_of(route)}
-        trained = job.fit(
-            name, denoising_loss, trainable, frozen, data.train, self.fit, held_out=data.held_out
-        )
-        edits = None
-        if route is not None:
-            edits = Edits(z=dataclasses.replace(route, **trained["route"]))
-        return Tuned(
-            edits=edits,
-            params=trained["blocks"],
-            beside=trained["condition"],
-            trained=sum(leaf.size for leaf in jax.tree.leaves(trainable)),
-        )
+        return {name: _divided(one) for name, one in tuned.items()}
 
     def measure(self, job: Job, model: Transformer, data: Data, tuned: Tuned) -> dict[str, float]:
         """How well noise is predicted, and what is made from noise.
@@ -231,13 +166,14 @@ class Denoiser:
           pixels of the training images finds the class that was asked for.
         """
         data = _images(data)
-        weights = self._weights(job.seed, model, data.classes, tuned)
+        weights = _weights(job.seed, model, data.classes, tuned)
         images, labels = data.held_out[np.arange(len(data.held_out))]
         rows = measured_rows(images, labels, self.noise, job.seed)
-        loss = in_parts(job, row_losses, weights, rows)
+        loss = in_parts(job, row_losses, weights, tuned.edits, rows, ROWS)
         asked = np.arange(self.sampling.images, dtype=np.int32) % data.classes
         start = np.random.default_rng(job.seed).standard_normal((len(asked), *images.shape[1:]))
-        made = in_parts(job, self._sampler(), weights, (start.astype(np.float32), asked))
+        noise = (start.astype(np.float32), asked)
+        made = in_parts(job, self._sampler(), weights, tuned.edits, noise, ROWS)
         return {
             "loss": float(loss.mean()),
             "frechet_distance": frechet_distance(made, images),
@@ -253,8 +189,8 @@ class Denoiser:
         classes = np.repeat(np.arange(data.classes, dtype=np.int32), count)
         shape = data.held_out[np.arange(1)][0].shape[1:]
         start = np.random.default_rng(0).standard_normal((len(classes), *shape))
-        weights = self._weights(0, model, data.classes, tuned)
-        made = self._sampler()(weights, (start.astype(np.float32), classes))
+        weights = _weights(0, model, data.classes, tuned)
+        made = self._sampler()(weights, tuned.edits, (start.astype(np.float32), classes))
         images = np.round(np.asarray(made, np.float64), 2).tolist()
         return {"kind": "samples", "classes": classes.tolist(), "images": images}
 
@@ -262,28 +198,17 @@ class Denoiser:
         how = self.sampling
         return partial(sample, noise=self.noise, steps=how.steps, guidance=how.guidance)
 
-    @staticmethod
-    def _weights(seed: int, model: Transformer, classes: int, tuned: Tuned) -> Weights:
-        beside = tuned.beside
-        if beside is None:
-            beside = starting_condition(model, classes, seed)
-        return Weights(apply(model, tuned), beside, tuned.edits)
-
 
 @struct.dataclass
-class Frozen:
-    """What the loss needs beside what is trained.
+class Setup:
+    """What the loss needs beside what is trained; all static.
 
     Attributes:
-      route: the router without its trained weights; None for all heads.
-      penalty: of routing.
-      config: of the blocks. Static, like all that follows.
+      config: of the blocks.
       noise: the schedule.
       drop: as in `Denoiser`.
     """
 
-    route: Route | None
-    penalty: RoutingPenalty | None
     config: ModelConfig = struct.field(pytree_node=False)
     noise: NoiseSchedule = struct.field(pytree_node=False)
     drop: float = struct.field(pytree_node=False)
@@ -295,57 +220,60 @@ def starting_condition(model: Transformer, classes: int, seed: int) -> Tree:
     return new_condition(model.config, classes, key)
 
 
-def untrained(route: Route) -> Route:
-    """A router without the weights that are trained."""
-    return dataclasses.replace(route, router=None, shared_router=None, balance=None)
+def _weights(seed: int, model: Transformer, classes: int, tuned: Tuned) -> Weights:
+    beside = tuned.beside
+    if beside is None:
+        beside = starting_condition(model, classes, seed)
+    return Weights(apply(model, tuned), beside)
+
+
+def _divided(tuned: Tuned) -> Tuned:
+    """A variant whose `params` are those of the blocks, the condition being beside."""
+    assert tuned.params is not None
+    both = tuned.params
+    return dataclasses.replace(tuned, params=both["blocks"], beside=both["condition"])
 
 
 def denoising_loss(
-    trainable: Tree, frozen: Frozen, item: tuple[Array, Array], key: Array | None
+    trainable: Tree, fixed: Fixed, item: tuple[Array, Array], key: Array | None
 ) -> tuple[Array, Metrics]:
     """Mean squared error of the predicted noise at random timesteps, plus the routing penalty.
 
     Args:
-      trainable: "blocks", "condition" and, with a route, "route".
-      frozen: the rest.
+      trainable: {"params": {"blocks": ..., "condition": ...}, "edits": the routers' weights}.
+      fixed: the rest of the variant; `fixed.rest` is a `Setup`.
       item: images [B,height,width,C] and classes int [B].
       key: of timesteps, noise, dropped classes and random heads; None for fixed ones, with no
         class dropped.
 
     Returns:
-      The loss, and the metrics "weight", images; with a route those of the penalty and
+      The loss, and the metrics "weight", images; with a router those of the penalty and
       "task_loss".
     """
     images, classes = item
     times_key, noise_key, drop_key, head_key = jax.random.split(
         jax.random.key(0) if key is None else key, 4
     )
+    setup, condition = fixed.rest, trainable["params"]["condition"]
     rows = axes_of(classes)
-    times = jax.random.randint(times_key, classes.shape, 0, frozen.noise.steps)
-    shares = lay(jnp.asarray(frozen.noise.alpha_bars)[times], rows)
+    times = jax.random.randint(times_key, classes.shape, 0, setup.noise.steps)
+    shares = lay(jnp.asarray(setup.noise.alpha_bars)[times], rows)
     times = lay(times, rows)
     noise = lay(jax.random.normal(noise_key, images.shape), axes_of(images))
     if key is not None:
-        dropped = lay(jax.random.bernoulli(drop_key, frozen.drop, classes.shape), rows)
-        classes = jnp.where(dropped, none_of(trainable["condition"]), classes)
-    model, edits = Transformer(frozen.config, trainable["blocks"]), None
-    if frozen.route is not None:
-        route = dataclasses.replace(frozen.route, **trainable["route"])
-        if route.keys is not None and key is not None:
-            route = dataclasses.replace(route, keys=layer_keys(head_key, frozen.config.n_layers))
-        edits = Edits(z=route)
-    taps = None if frozen.penalty is None else frozen.penalty.taps
-    noisy = noised(images, noise, shares)
+        dropped = lay(jax.random.bernoulli(drop_key, setup.drop, classes.shape), rows)
+        classes = jnp.where(dropped, none_of(condition), classes)
     found, tapped = predict_noise(
-        model, trainable["condition"], noisy, times, classes, edits=edits, taps=taps
+        Transformer(setup.config, trainable["params"]["blocks"]),
+        condition,
+        noised(images, noise, shares),
+        times,
+        classes,
+        edits=fixed.acting(trainable["edits"], None if key is None else head_key),
+        taps=fixed.taps,
     )
     loss = jnp.mean(jnp.square(found - noise))
-    metrics: Metrics = {"weight": jnp.float32(len(classes))}
-    if frozen.penalty is not None:
-        value, more = frozen.penalty(tapped)
-        metrics |= more | {"task_loss": loss}
-        loss = loss + value
-    return loss, jax.lax.stop_gradient(metrics)
+    return fixed.total(loss, {"weight": jnp.float32(len(classes))}, tapped)
 
 
 def _images(data: Data) -> ImageData:

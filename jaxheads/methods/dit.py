@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxheads.edits import Affine, Edits
+from jaxheads.methods.image_shape import Shape
 from jaxheads.model.config import Image, ModelConfig
 from jaxheads.model.context import Edit, Tap
 from jaxheads.model.layout import axes_of, contract, divided, gathered, take_rows
@@ -36,39 +37,15 @@ PERIOD = 10_000
 """Longest period of them, in timesteps."""
 
 
-def dit_config(
-    image: Image, *, n_layers: int, n_heads: int, d_model: int, d_mlp: int
-) -> ModelConfig:
-    """The config of the blocks; `image` has no prefix.
+def dit_config(shape: Shape, size: tuple[int, ...]) -> ModelConfig:
+    """The config of the blocks, for images of a size: height, width and channels.
 
     Raises:
       ValueError: sizes that do not fit together.
     """
-    for name, part in ((f"n_heads {n_heads}", n_heads), ("4, for sines and cosines", 4)):
-        if d_model % part:
-            raise ValueError(f"d_model {d_model} is not divisible by {name}")
-    return ModelConfig(
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=n_heads,
-        head_dim=d_model // n_heads,
-        d_model=d_model,
-        d_mlp=d_mlp,
-        vocab_size=0,
-        context_length=image.tokens,
-        n_positions=image.tokens,
-        causal=False,
-        ropes=(None,),
-        norm="layer",
-        norm_eps=1e-6,
-        qkv_bias=True,
-        o_bias=True,
-        activation="gelu_tanh",
-        gated=False,
-        mlp_bias=True,
-        image=image,
-        head="none",
-    )
+    if shape.d_model % 4:
+        raise ValueError(f"d_model {shape.d_model} is not divisible by 4, for sines and cosines")
+    return shape.config(size, prefix=0, vocab_size=0, activation="gelu_tanh", head="none")
 
 
 def new_condition(config: ModelConfig, classes: int, key: Array) -> Tree:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxheads.edits import Edits, Route
-from jaxheads.edits.mixture import layer_keys
+from jaxheads.methods.variants import Fixed
 from jaxheads.model.config import ModelConfig
 from jaxheads.model.parameters import Tree
 from jaxheads.model.transformer import Output, Transformer
-from jaxheads.routing import RoutingPenalty
 from jaxheads.train.step import Metrics
 
 Array = jax.Array
@@ -24,31 +21,27 @@ BACKGROUND = -1.0
 
 @struct.dataclass
 class Setup:
-    """What of a variant is not trained.
+    """What the loss needs beside what is trained; all static.
 
     Attributes:
-      route: the router without its weights; None for the dense model.
-      penalty: of its routing; None for the dense model.
-      config: of the model. Static, like what follows.
+      config: of the model.
       shift: most pixels by which an image is shifted in training.
     """
 
-    route: Route | None
-    penalty: RoutingPenalty | None
     config: ModelConfig = struct.field(pytree_node=False)
     shift: int = struct.field(pytree_node=False, default=0)
 
 
 def image_loss(
-    trainable: Tree, setup: Setup, item: Any, key: Array | None
+    trainable: Tree, fixed: Fixed, item: Any, key: Array | None
 ) -> tuple[Array, Metrics]:
     """Mean cross entropy of images' classes plus the routing penalty.
 
     While training, images are shifted at random and a random router draws anew at each step.
 
     Args:
-      trainable: {"params": the model's, "route": the router's weights}.
-      setup: the rest.
+      trainable: {"params": the model's, "edits": the routers' weights}.
+      fixed: the rest of the variant; `fixed.rest` is a `Setup`.
       item: images, float32 [B,height,width,C], and their classes, int32 [B].
       key: of shifts and draws; None when measuring, for none of either.
 
@@ -57,27 +50,15 @@ def image_loss(
       "accuracy"; and of a routed model those of its penalty and "task_loss", the loss without it.
     """
     images, labels = item
-    route = setup.route
-    if route is not None:
-        route = dataclasses.replace(route, **trainable["route"])
+    draws = None
     if key is not None:
         shifts, draws = jax.random.split(key)
-        images = random_shifts(images, shifts, setup.shift)
-        if route is not None and route.keys is not None:
-            route = dataclasses.replace(route, keys=layer_keys(draws, setup.config.n_layers))
-    output = Transformer(setup.config, trainable["params"])(
-        images,
-        edits=None if route is None else Edits(z=route),
-        taps=() if setup.penalty is None else setup.penalty.taps,
-    )
+        images = random_shifts(images, shifts, fixed.rest.shift)
+    model = Transformer(fixed.rest.config, trainable["params"])
+    output = model(images, edits=fixed.acting(trainable["edits"], draws), taps=fixed.taps)
     losses, right = class_scores(output, labels)
-    loss = jnp.mean(losses)
     metrics = {"weight": jnp.float32(len(labels)), "accuracy": jnp.mean(right)}
-    if setup.penalty is not None:
-        value, more = setup.penalty(output.taps)
-        metrics |= more | {"task_loss": loss}
-        loss = loss + value
-    return loss, jax.lax.stop_gradient(metrics)
+    return fixed.total(jnp.mean(losses), metrics, output.taps)
 
 
 def class_scores(output: Output, labels: Array) -> tuple[Array, Array]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +13,9 @@ from flax import struct
 from jaxheads.edits import Edits
 from jaxheads.methods.diffusion import NoiseSchedule, ddim, guided, noised
 from jaxheads.methods.dit import none_of, predict_noise
-from jaxheads.methods.measure import readable
 from jaxheads.methods.method import ImageData
 from jaxheads.model.parameters import Tree
 from jaxheads.model.transformer import Transformer
-
-if TYPE_CHECKING:
-    from jaxheads.train.job import Job
 
 Array = jax.Array
 ROWS = 120
@@ -31,35 +26,42 @@ DRAWS = 8
 
 @struct.dataclass
 class Weights:
-    """A denoiser: its blocks, what conditions them, and what acts on them."""
+    """A denoiser: its blocks, and what conditions them."""
 
     model: Transformer
     condition: Tree
-    edits: Edits | None
 
 
 @jax.jit
-def row_losses(weights: Weights, rows: Any) -> Array:
+def row_losses(weights: Weights, edits: Edits | None, rows: Any) -> Array:
     """Mean squared error of the noise in each row, float32 [B].
 
     Args:
       weights: the denoiser.
+      edits: what acts on its blocks.
       rows: as `measured_rows` gives them.
     """
     noisy, classes, times, added = rows
     model, condition = weights.model, weights.condition
-    found, _ = predict_noise(model, condition, noisy, times, classes, edits=weights.edits)
+    found, _ = predict_noise(model, condition, noisy, times, classes, edits=edits)
     return jnp.mean(jnp.square(found - added), axis=(1, 2, 3))
 
 
 @partial(jax.jit, static_argnames=("noise", "steps", "guidance"))
 def sample(
-    weights: Weights, rows: Any, *, noise: NoiseSchedule, steps: int, guidance: float
+    weights: Weights,
+    edits: Edits | None,
+    rows: Any,
+    *,
+    noise: NoiseSchedule,
+    steps: int,
+    guidance: float,
 ) -> Array:
     """Images made from noise by `diffusion.ddim`, float32 [B,height,width,C] in -1 to 1.
 
     Args:
       weights: the denoiser.
+      edits: what acts on its blocks.
       rows: standard normal [B,height,width,C], and the classes wanted [B].
       noise: the schedule of training.
       steps: timesteps visited.
@@ -70,9 +72,7 @@ def sample(
 
     def predict(x: Array, times: Array) -> Array:
         with_class, without = (
-            predict_noise(weights.model, weights.condition, x, times, wanted, edits=weights.edits)[
-                0
-            ]
+            predict_noise(weights.model, weights.condition, x, times, wanted, edits=edits)[0]
             for wanted in (classes, none)
         )
         return guided(with_class, without, guidance)
@@ -96,32 +96,6 @@ def measured_rows(
     added = random.standard_normal((count, *images.shape[1:])).astype(np.float32)
     noisy = noised(np.tile(images, (DRAWS, 1, 1, 1)), added, noise.alpha_bars[times])
     return np.asarray(noisy), np.tile(labels, DRAWS), times, added
-
-
-def in_parts(job: Job, function: Callable[..., Array], weights: Weights, rows: Any) -> np.ndarray:
-    """A function of weights and rows for all rows, `ROWS` at a time over the devices of a job.
-
-    Args:
-      job: the devices.
-      function: from (weights, rows) to an array with a leading axis of rows.
-      weights: the same for all.
-      rows: a pytree of numpy arrays with a leading axis of N.
-
-    Returns:
-      Its values [N,...].
-    """
-    count, (host, hosts) = len(jax.tree.leaves(rows)[0]), job.slice
-    share, found = ROWS // hosts, []
-    with job.devices():
-        weights = job.place(weights)
-        for first in range(0, count, ROWS):
-            # The last part repeats the last row, so that all have one shape.
-            taken = np.minimum(np.arange(first, first + ROWS), count - 1)
-            mine = taken[host * share : (host + 1) * share]
-            given = job.send(jax.tree.map(lambda leaf, mine=mine: leaf[mine], rows))
-            part = jax.device_get(readable(function(weights, given)))
-            found.append(np.asarray(part)[: count - first])
-    return np.concatenate(found)
 
 
 def recognised(data: ImageData, images: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -80,6 +80,42 @@ def readable(tree: Tree) -> Tree:
     return jax.tree.map(gather, tree)
 
 
+def in_parts(
+    job: Job,
+    function: Callable[[Any, Any, Any], Any],
+    weights: Any,
+    edits: Mapping[str, Edit] | None,
+    rows: Any,
+    batch_size: int,
+) -> Any:
+    """A function of all rows, computed for some at a time over the devices of a job.
+
+    Args:
+      job: the devices.
+      function: from (weights, edits, rows) to a pytree of arrays with a leading axis of rows.
+      weights: the same for all rows; placed on the devices.
+      edits: for all rows: a mask of slots in them has the N rows too.
+      rows: a pytree of numpy arrays with a leading axis of N.
+      batch_size: rows at a time, a multiple of what the mesh divides rows by.
+
+    Returns:
+      The pytree of the function, numpy arrays [N,...].
+    """
+    count, (host, hosts) = len(jax.tree.leaves(rows)[0]), job.slice
+    share, parts = batch_size // hosts, []
+    with job.devices():
+        weights = job.place(weights)
+        for first in range(0, count, batch_size):
+            # The last part repeats the last row, so that all have one shape.
+            taken = np.minimum(np.arange(first, first + batch_size), count - 1)
+            mine = taken[host * share : (host + 1) * share]
+            given = job.send(jax.tree.map(lambda leaf, mine=mine: leaf[mine], rows))
+            found = readable(function(weights, _rows_of(edits, taken, count), given))
+            left = count - first
+            parts.append(jax.tree.map(lambda leaf, n=left: leaf[:n], jax.device_get(found)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
 def rows_scores(
     job: Job,
     model: Transformer,
@@ -93,24 +129,12 @@ def rows_scores(
       job: the devices.
       model: the model.
       batch: all rows, numpy arrays [N,T].
-      edits: for all rows: a mask of slots in them has the N rows too.
-      batch_size: rows at a time.
+      edits: as in `in_parts`, and so is `batch_size`.
+      batch_size: the same.
     """
-    rows, (host, hosts) = batch.tokens.shape[0], job.slice
-    share = batch_size // hosts
-    answers = None if batch.targets is None else batch.answers()
-    parts: dict[str, list[np.ndarray]] = {}
-    with job.devices():
-        model = job.place(model)
-        for first in range(0, rows, batch_size):
-            # The last part repeats the last row, so that all have one shape.
-            taken = np.minimum(np.arange(first, first + batch_size), rows - 1)
-            mine = taken[host * share : (host + 1) * share]
-            given = job.send(jax.tree.map(lambda leaf, mine=mine: leaf[mine], (batch, answers)))
-            found = _scores(model, *given, _rows_of(edits, taken, rows))
-            for name, values in jax.device_get(readable(found)).items():
-                parts.setdefault(name, []).append(values[: rows - first])
-    return {name: np.concatenate(values) for name, values in parts.items()}
+    rows = (batch, None if batch.targets is None else batch.answers())
+    found: dict[str, np.ndarray] = in_parts(job, _scores, model, edits, rows, batch_size)
+    return found
 
 
 def _rows_of(edits: Mapping[str, Edit] | None, taken: np.ndarray, rows: int) -> Any:
@@ -125,7 +149,7 @@ def _rows_of(edits: Mapping[str, Edit] | None, taken: np.ndarray, rows: int) -> 
 
 @jax.jit
 def _scores(
-    model: Transformer, batch: Batch, answers: Any, edits: Mapping[str, Edit] | None
+    model: Transformer, edits: Mapping[str, Edit] | None, rows: tuple[Batch, Any]
 ) -> dict[str, Array]:
-    scores = answer_scores(model, batch, answers, edits=edits)
+    scores = answer_scores(model, *rows, edits=edits)
     return {name: whole(values, 0) for name, values in scores.items()}

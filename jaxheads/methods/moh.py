@@ -17,30 +17,29 @@ that routing costs at first is in docs/methods.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from jaxheads.data.rows import ArrayRows
 from jaxheads.edits import Edits, Route, mixture_of_heads
-from jaxheads.edits.mixture import layer_keys
+from jaxheads.edits.mixture import heads_on
 from jaxheads.edits.route import GATES, SCORES
-from jaxheads.methods.fine_tuning import Rest, as_stored, in_float32, parameters_loss
+from jaxheads.methods.fine_tuning import Rest
 from jaxheads.methods.measure import apply, readable
 from jaxheads.methods.method import Data, TaskData, Tuned
-from jaxheads.methods.objective import fit_loss, rows_of
+from jaxheads.methods.objective import rows_of
+from jaxheads.methods.variants import fit_variants, routed_loss
 from jaxheads.model.config import ModelConfig
 from jaxheads.model.layout import REMAT
-from jaxheads.model.parameters import Tree
 from jaxheads.model.transformer import Transformer
 from jaxheads.names import choose
 from jaxheads.routing import RoutingPenalty, examine, in_batches
 from jaxheads.train.fit import Fit
 from jaxheads.train.optimizer import Optimizer
 from jaxheads.train.select import select
-from jaxheads.train.step import Metrics
 
 if TYPE_CHECKING:
     from jaxheads.text import Tokenizer
@@ -59,17 +58,21 @@ class Routed:
     Attributes:
       shares: mean shares of heads that stay on; the first is the one that is saved.
       shared: share of those that are on which is on at every token; the first heads of a layer.
+      whole_layers: how many of the first layers keep all heads; the others keep fewer, so that the
+        mean over layers is the share.
       gates: one of `jaxheads.edits.route.GATES`.
       scores: one of `jaxheads.edits.route.SCORES`.
       balance: weight of the load-balance loss.
       z: weight of the routers' z-loss.
 
     Raises:
-      ValueError: an unknown form, no shares or one outside (0, 1], a negative weight.
+      ValueError: an unknown form, no shares or one outside (0, 1], a negative number of layers
+        or weight.
     """
 
     shares: tuple[float, ...] = (0.75, 0.5)
     shared: float = 0.6
+    whole_layers: int = 0
     gates: str = "renormalised"
     scores: str = "linear"
     balance: float = 0.01
@@ -84,6 +87,8 @@ class Routed:
             raise ValueError(f"shares must differ, got {self.shares}")
         if not 0 <= self.shared <= 1:
             raise ValueError(f"shared must lie in [0, 1], got {self.shared}")
+        if self.whole_layers < 0:
+            raise ValueError(f"whole_layers must be at least 0, got {self.whole_layers}")
         RoutingPenalty(self.balance, self.z)
 
     @property
@@ -95,33 +100,45 @@ class Routed:
         """A new router for a model.
 
         Raises:
-          ValueError: as `mixture_of_heads`.
+          ValueError: as `heads_on` and `mixture_of_heads`.
         """
+        layers, heads, whole = config.n_layers, config.n_heads, self.whole_layers
+        counts = heads_on(layers, heads, share, whole)
+        mean = heads * (share * layers - whole) / max(layers - whole, 1)
+        shared = np.minimum(counts, int(self.shared * mean + 0.5))
+        # Nothing is left to choose in a whole layer.
+        shared[:whole] = heads
         edits = mixture_of_heads(
             config,
             key,
-            shared=int(self.shared * share * config.n_heads + 0.5),
-            share=share,
+            shared=shared.tolist(),
+            top_k=(counts - shared).tolist(),
             gates=self.gates,
             scores=self.scores,
         )
         route: Route = edits["z"]  # type: ignore[assignment]
         return route
 
-    def routes(self, config: ModelConfig, key: Array, *, random: bool) -> dict[str, Route]:
-        """A new router for each share: "moh 0.75", ...; and "random 0.75", ... as controls.
+    def variants(
+        self, config: ModelConfig, key: Array, *, controls: bool
+    ) -> dict[str, Edits | None]:
+        """A new router for each share, for `fit_variants`.
+
+        Returns:
+          "moh 0.75", ...; with controls "random 0.75", ... and "dense", which has no edits.
 
         Raises:
           ValueError: as `route`.
         """
         ways = {NAME: self}
-        if random:
+        if controls:
             ways["random"] = dataclasses.replace(self, scores="random")
-        return {
-            f"{name} {share:g}": way.route(config, share, key)
+        routed: dict[str, Edits | None] = {
+            f"{name} {share:g}": Edits(z=way.route(config, share, key))
             for name, way in ways.items()
             for share in way.shares
         }
+        return routed | ({"dense": None} if controls else {})
 
 
 @dataclass(frozen=True)
@@ -167,14 +184,20 @@ class Moh:
         Raises:
           ValueError: a pattern that chooses nothing, shares that the model's heads do not allow.
         """
-        routes = self.routing.routes(model.config, jax.random.key(job.seed), random=self.controls)
+        key = jax.random.key(job.seed)
+        variants = self.routing.variants(model.config, key, controls=self.controls)
         chosen = select(model.params, self.patterns)
-        rest = Rest(chosen.frozen, model.config, self.remat, self.chunk)
-        penalty, rows = self.routing.penalty, rows_of(data)
         tuned = fit_variants(
-            job, chosen.trainable, rest, routes, penalty, self.fit, rows, dense=self.controls
+            job,
+            routed_loss,
+            chosen.trainable,
+            variants,
+            rest=Rest(chosen.frozen, model.config, self.remat, self.chunk),
+            penalty=self.routing.penalty,
+            fit=self.fit,
+            rows=rows_of(data),
         )
-        before = {f"{name} at first": Tuned(Edits(z=route)) for name, route in routes.items()}
+        before = {f"{name} at first": Tuned(edits) for name, edits in variants.items() if edits}
         return tuned | before
 
     def examine(
@@ -203,83 +226,3 @@ def examine_routing(
     parts = jax.device_get(readable((apply(model, tuned), tuned.edits)))
     changed, edits = jax.device_put(parts, jax.local_devices()[0])
     return examine(changed, in_batches(rows, EXAMINED, 8), edits, tokenizer).to_json()
-
-
-def weights_of(route: Route) -> dict[str, Array]:
-    """What of a router is trained."""
-    names = ("router", "shared_router", "balance")
-    return {name: leaf for name in names if (leaf := getattr(route, name)) is not None}
-
-
-def fit_variants(
-    job: Job,
-    start: Tree,
-    rest: Rest,
-    routes: Mapping[str, Route],
-    penalty: RoutingPenalty,
-    fit: Fit,
-    rows: Mapping[str, Any],
-    *,
-    dense: bool,
-) -> dict[str, Tuned]:
-    """Trains parameters and a router together for each router, each as a stage of a job.
-
-    All begin with the same parameters and see the same batches.
-
-    Args:
-      job: the devices and the loop.
-      start: the parameters to train; they are trained in float32.
-      rest: the others.
-      routes: the routers to begin with, by name of the variant.
-      penalty: of the routing.
-      fit: steps, batch size and optimizer.
-      rows: `rows` and `held_out` of `Job.fit`.
-      dense: whether the parameters are trained without a router too, as "dense".
-
-    Returns:
-      The variants, with parameters in the dtypes of `start` and the routers as edits of `z`.
-    """
-    begin = in_float32(start)
-    count = sum(leaf.size for leaf in jax.tree.leaves(start))
-    tuned = {}
-    for name, route in routes.items():
-        weights = weights_of(route)
-        frozen = {
-            "rest": rest,
-            "route": dataclasses.replace(route, router=None, shared_router=None, balance=None),
-            "penalty": penalty,
-        }
-        trainable = {"params": begin, "route": weights}
-        found = job.fit(name, routed_loss, trainable, frozen, fit=fit, **rows)
-        tuned[name] = Tuned(
-            edits=Edits(z=dataclasses.replace(route, **found["route"])),
-            params=as_stored(found["params"], start),
-            trained=count + sum(leaf.size for leaf in weights.values()),
-        )
-    if dense:
-        params = job.fit("dense", parameters_loss, begin, rest, fit=fit, **rows)
-        tuned["dense"] = Tuned(params=as_stored(params, start), trained=count)
-    return tuned
-
-
-def routed_loss(
-    trainable: Tree, frozen: Any, item: Any, key: Array | None
-) -> tuple[Array, Metrics]:
-    """Task loss plus the routing penalty, of parameters and a router that are trained.
-
-    While training, a random router draws anew at each step.
-    """
-    rest = frozen["rest"]
-    route = dataclasses.replace(frozen["route"], **trainable["route"])
-    model = rest.model(trainable["params"])
-    if route.keys is not None and key is not None:
-        route = dataclasses.replace(route, keys=layer_keys(key, model.config.n_layers))
-    return fit_loss(
-        model,
-        item,
-        edits=Edits(z=route),
-        remat=rest.remat,
-        chunk=rest.chunk,
-        z_loss=rest.z_loss,
-        penalty=frozen["penalty"],
-    )

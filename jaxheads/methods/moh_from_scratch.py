@@ -24,8 +24,9 @@ import jax
 from jaxheads.methods.fine_tuning import Rest
 from jaxheads.methods.from_scratch import FromScratch, Shape
 from jaxheads.methods.method import TextData, Tuned
-from jaxheads.methods.moh import Routed, examine_routing, fit_variants
+from jaxheads.methods.moh import Routed, examine_routing
 from jaxheads.methods.objective import rows_of
+from jaxheads.methods.variants import fit_variants, routed_loss
 from jaxheads.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -60,11 +61,15 @@ class MohFromScratch(FromScratch):
         """
         # Not the key of which the parameters were drawn.
         key = jax.random.fold_in(jax.random.key(job.seed), 1)
-        routes = self.routing.routes(model.config, key, random=self.controls)
-        rest = Rest({}, model.config, self.remat, self.chunk, self.z_loss)
-        penalty, rows = self.routing.penalty, rows_of(data)
         return fit_variants(
-            job, model.params, rest, routes, penalty, self.fit, rows, dense=self.controls
+            job,
+            routed_loss,
+            model.params,
+            self.routing.variants(model.config, key, controls=self.controls),
+            rest=Rest({}, model.config, self.remat, self.chunk, self.z_loss),
+            penalty=self.routing.penalty,
+            fit=self.fit,
+            rows=rows_of(data),
         )
 
     def examine(

@@ -13,7 +13,6 @@ says what a routed execution would need.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,14 +23,16 @@ from flax import struct
 
 from jaxheads.edits import Edits
 from jaxheads.edits.experts import SITES, Experts, OwnTokens, check_experts, find_experts
-from jaxheads.edits.mixture import STD, layer_keys
-from jaxheads.methods.fine_tuning import Rest, parameters_loss
+from jaxheads.edits.mixture import STD
+from jaxheads.edits.route import layer_keys
+from jaxheads.methods.fine_tuning import Rest
 from jaxheads.methods.from_scratch import FromScratch, Shape
 from jaxheads.methods.method import TextData, Tuned
-from jaxheads.methods.objective import fit_loss, rows_of
+from jaxheads.methods.objective import rows_of
+from jaxheads.methods.variants import fit_variants, routed_loss
 from jaxheads.model.config import ModelConfig
 from jaxheads.model.context import Context, Tap
-from jaxheads.model.parameters import Tree, parameter_table
+from jaxheads.model.parameters import parameter_table
 from jaxheads.model.transformer import Transformer
 from jaxheads.routing import RoutingPenalty, RoutingSums, sums_of
 from jaxheads.train.step import Metrics
@@ -195,78 +196,21 @@ class UnionOfExperts(FromScratch):
         """
         # Not the key of which the parameters were drawn.
         key = jax.random.fold_in(jax.random.key(job.seed), 1)
-        unions = {
-            name: union_of_experts(
-                model.config, key, attention=self.attention, mlp=self.mlp, random=name != NAME
-            )
-            for name in ((NAME, "random") if self.controls else (NAME,))
-        }
-        start, rows = model.params, rows_of(data)
-        rest = Rest({}, model.config, self.remat, self.chunk, self.z_loss)
-        count = sum(leaf.size for leaf in jax.tree.leaves(start))
-        tuned = {}
-        for name, edits in unions.items():
-            trainable = {"params": start, "experts": gating_of(edits)}
-            without = _replaced(edits, {site: {"gating": None} for site in SITES.values()})
-            penalty = ExpertPenalty(RoutingPenalty(self.balance, self.z))
-            frozen = {"rest": rest, "edits": without, "penalty": penalty}
-            trained = job.fit(name, experts_loss, trainable, frozen, fit=self.fit, **rows)
-            gating = {site: {"gating": leaf} for site, leaf in trained["experts"].items()}
-            more = sum(leaf.size for leaf in trained["experts"].values())
-            tuned[name] = Tuned(
-                edits=_replaced(without, gating), params=trained["params"], trained=count + more
-            )
+        experts: dict[str, Any] = {"attention": self.attention, "mlp": self.mlp}
+        variants: dict[str, Edits | None] = {NAME: union_of_experts(model.config, key, **experts)}
         if self.controls:
-            dense = job.fit("dense", parameters_loss, start, rest, fit=self.fit, **rows)
-            tuned["dense"] = Tuned(params=dense, trained=count)
-        return tuned
-
-
-def gating_of(edits: Edits) -> dict[str, Array]:
-    """What of a union is trained: the weights of its routers, by site."""
-    found = {site: edits[site] for site in SITES.values() if site in edits}
-    return {
-        site: experts.gating
-        for site, experts in found.items()
-        if isinstance(experts, Experts) and experts.gating is not None
-    }
-
-
-def experts_loss(
-    trainable: Tree, frozen: Any, item: Any, key: Array | None
-) -> tuple[Array, Metrics]:
-    """Task loss plus the penalty, of parameters and routers that are trained.
-
-    While training, random experts are drawn anew at each step.
-    """
-    rest, edits = frozen["rest"], frozen["edits"]
-    model = rest.model(trainable["params"])
-    changed = {site: {"gating": leaf} for site, leaf in trainable["experts"].items()}
-    if key is not None:
-        layers = model.config.n_layers
-        changed |= {
-            site: {"keys": layer_keys(jax.random.fold_in(key, index), layers)}
-            for index, site in enumerate(SITES.values())
-            if edits[site].keys is not None
-        }
-    return fit_loss(
-        model,
-        item,
-        edits=_replaced(edits, changed),
-        remat=rest.remat,
-        chunk=rest.chunk,
-        z_loss=rest.z_loss,
-        penalty=frozen["penalty"],
-    )
-
-
-def _replaced(edits: Edits, changes: Mapping[str, Mapping[str, Array | None]]) -> Edits:
-    """The edits with other fields at some sites."""
-    made = {
-        site: dataclasses.replace(edits[site], **fields)  # type: ignore[type-var]
-        for site, fields in changes.items()
-    }
-    return Edits({**edits, **made})
+            variants["random"] = union_of_experts(model.config, key, **experts, random=True)
+            variants["dense"] = None
+        return fit_variants(
+            job,
+            routed_loss,
+            model.params,
+            variants,
+            rest=Rest({}, model.config, self.remat, self.chunk, self.z_loss),
+            penalty=ExpertPenalty(RoutingPenalty(self.balance, self.z)),
+            fit=self.fit,
+            rows=rows_of(data),
+        )
 
 
 def flops_share(config: ModelConfig, length: int, *, attention: Selection, mlp: Selection) -> float:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, struct
 
 from jaxheads.model.context import Context
-from jaxheads.model.layout import contract, like_heads, whole
+from jaxheads.model.layout import axes_of, contract, like_heads, whole
 from jaxheads.model.norms import optional_norm
 from jaxheads.model.parameters import optional
 
@@ -52,10 +52,12 @@ def attention_scores(
       bias: [1 or B,H,T,S], added to the logits.
     """
     b, t, h, dh = q.shape
-    s, kv = k.shape[1], k.shape[2]
-    grouped = q.reshape(b, t, kv, h // kv, dh)
-    logits = jnp.einsum("btkge,bske->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    logits = logits.reshape(b, h, t, s) * (dh**-0.5 if scale is None else scale)
+    rows = _rows(q.reshape(b, t, k.shape[2], -1, dh).transpose(0, 2, 3, 1, 4), axes_of(q)[1])
+    keys = k.transpose(0, 2, 1, 3)
+    logits = jnp.einsum("bk...e,bkse->bk...s", rows, keys, preferred_element_type=jnp.float32)
+    # By way of the groups: a divided axis is split or merged, not both at once.
+    logits = logits.reshape(b, k.shape[2], -1, t, k.shape[1]).reshape(b, h, t, -1)
+    logits = logits * (dh**-0.5 if scale is None else scale)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     return mask_scores(logits if bias is None else logits + bias, allowed)
@@ -69,9 +71,21 @@ def mask_scores(scores: Array, allowed: Array) -> Array:
 def mix_values(pattern: Array, v: Array) -> Array:
     """pattern [B,H,T,S] applied to v [B,S,K,Dh] -> z [B,T,H,Dh]."""
     b, h, t, s = pattern.shape
-    kv, dh = v.shape[2], v.shape[3]
-    grouped = pattern.astype(v.dtype).reshape(b, kv, h // kv, t, s)
-    return jnp.einsum("bkgts,bske->btkge", grouped, v).reshape(b, t, h, dh)
+    kv, dh = v.shape[2:]
+    rows = _rows(pattern.astype(v.dtype).reshape(b, kv, -1, t, s), axes_of(pattern)[2])
+    z = jnp.einsum("bk...s,bkse->bk...e", rows, v.transpose(0, 2, 1, 3))
+    return z.reshape(b, kv, -1, t, dh).transpose(0, 3, 1, 2, 4).reshape(b, t, h, dh)
+
+
+def _rows(grouped: Array, divided: tuple[str, ...]) -> Array:
+    """[B,K,G,T,E] as [B,K,G*T,E], unless the T are divided over devices.
+
+    A product of matrices with one axis of rows is twice as fast as one with two, on CPU.
+    """
+    if divided:
+        return grouped
+    b, kv, _, _, size = grouped.shape
+    return grouped.reshape(b, kv, -1, size)
 
 
 def head_writes(z: Array, weight: Array) -> Array:
@@ -82,6 +96,89 @@ def head_writes(z: Array, weight: Array) -> Array:
 def merge_heads(z: Array, weight: Array) -> Array:
     """Sum over heads of `head_writes`, as one matrix product -> [B,T,D]."""
     return contract("bthe,hed->btd", z, weight.astype(z.dtype))
+
+
+class Keys(Protocol):
+    """What queries attend to: keys and values of the tokens that they may see."""
+
+    def attend(
+        self, q: Array, context: Context, allowed: Array, bias: Array | None, prefix: str = ""
+    ) -> tuple[Array, Context]:
+        """Attention of q [B,T,H,Dh].
+
+        Args:
+          q: after position encoding and edits.
+          context: the place in the computation.
+          allowed: bool [B,1,T or 1,S], True where a query sees a key.
+          bias: [1 or B,H,T,S], added to the logits, or None.
+          prefix: of the names of the sites: "" or "cross.".
+
+        Returns:
+          z [B,T,H,Dh], and the context with the maps that were visited.
+        """
+        ...
+
+
+class Cached(Protocol):
+    """Keys and values of tokens already read, to which those of new ones can be added."""
+
+    def extend(self, k: Array, v: Array, context: Context) -> tuple[Any, Keys]:
+        """Takes the keys and values of new tokens of a layer.
+
+        Args:
+          k: [B,T,K,Dh], after position encoding and edits.
+          v: [B,T,K,Dh].
+          context: of the layer; the first token goes to the slot `context.start`.
+
+        Returns:
+          The cache that holds them, of the same type, and what these tokens' queries attend to.
+        """
+        ...
+
+
+@struct.dataclass
+class Slots:
+    """Keys and values of one layer, every token at its slot.
+
+    Attributes:
+      k: [B,S,K,Dh], after position encoding and edits.
+      v: [B,S,K,Dh], after edits.
+    """
+
+    k: Array
+    v: Array
+
+    def extend(self, k: Array, v: Array, context: Context) -> tuple[Slots, Slots]:
+        """As `Cached.extend`."""
+        start = (0, context.start, 0, 0)
+        written = Slots(
+            jax.lax.dynamic_update_slice(self.k, k.astype(self.k.dtype), start),
+            jax.lax.dynamic_update_slice(self.v, v.astype(self.v.dtype), start),
+        )
+        return written, written
+
+    def attend(
+        self, q: Array, context: Context, allowed: Array, bias: Array | None, prefix: str = ""
+    ) -> tuple[Array, Context]:
+        """As `Keys.attend`; the maps [B,H,T,S] exist only where somebody asks for them."""
+        scale, softcap = context.config.attn_scale, context.config.attn_softcap
+        # Not every backend multiplies float16 with float32 sums.
+        dtype = jnp.float32 if q.dtype == jnp.float16 else q.dtype
+        k, v = (like_heads(whole(kv, 1), q).astype(dtype) for kv in (self.k, self.v))
+        scored = partial(attention_scores, scale=scale, softcap=softcap, bias=bias)
+        if not context.wants(prefix + "scores", prefix + "pattern"):
+
+            def mixed(q: Array, k: Array, v: Array) -> Array:
+                return mix_values(jax.nn.softmax(scored(q, k, allowed), axis=-1), v)
+
+            # The weights [B,H,T,S] are computed again in the backward pass instead of kept.
+            z = jax.checkpoint(mixed, prevent_cse=False)(q.astype(dtype), k, v)
+            return z.astype(q.dtype), context
+        scores, context = context.visit(prefix + "scores", scored(q.astype(dtype), k, allowed))
+        # The mask is the model's: an edit of the logits cannot reveal a key it hides.
+        scores = mask_scores(scores, allowed)
+        pattern, context = context.visit(prefix + "pattern", jax.nn.softmax(scores, axis=-1))
+        return mix_values(pattern, v).astype(q.dtype), context
 
 
 class Attention(nnx.Module):
@@ -95,18 +192,18 @@ class Attention(nnx.Module):
         self.q_norm, self.k_norm = optional_norm(params, "q_norm"), optional_norm(params, "k_norm")
 
     def __call__(
-        self, x: Array, context: Context, cached: tuple[Array, Array] | None
-    ) -> tuple[Array, Context, tuple[Array, Array]]:
+        self, x: Array, context: Context, cached: Cached | None
+    ) -> tuple[Array, Context, Any]:
         """Attention of x [B,T,D] to itself and to what is cached.
 
         Args:
           x: what the branch reads.
           context: the place in the computation; carries mask, angles, edits and taps.
-          cached: keys and values [B,S,K,Dh] of the slots before, or None.
+          cached: the tokens before, or None.
 
         Returns:
           The sum of the heads' writes and the bias [B,T,D], the context with what was
-          visited, and the keys and values [B,S,K,Dh] attended to.
+          visited, and `cached` with these tokens; their own `Slots` where there was none.
         """
         q, context = context.visit("q_pre", project(x, self.q[...], _value(self.q_bias)))
         k, context = context.visit("k_pre", project(x, self.k[...], _value(self.k_bias)))
@@ -115,12 +212,13 @@ class Attention(nnx.Module):
         q, context = context.visit("q", context.rotate(q))
         k, context = context.visit("k", context.rotate(k))
         v, context = context.visit("v", project(x, self.v[...], _value(self.v_bias)))
-        if cached is not None:
-            start = (0, context.start, 0, 0)
-            k = jax.lax.dynamic_update_slice(cached[0], k.astype(cached[0].dtype), start)
-            v = jax.lax.dynamic_update_slice(cached[1], v.astype(cached[1].dtype), start)
-        out, context = self._heads(q, k, v, context, context.allowed, context.bias)
-        return out, context, (k, v)
+        keys: Keys
+        if cached is None:
+            cached = keys = Slots(k, v)
+        else:
+            cached, keys = cached.extend(k, v, context)
+        out, context = self._heads(q, keys, context, context.allowed, context.bias)
+        return out, context, cached
 
     def attend_to_memory(self, x: Array, context: Context) -> tuple[Array, Context]:
         """Attention of x [B,T,D] to an encoder's output, at the sites `cross.*`."""
@@ -131,13 +229,12 @@ class Attention(nnx.Module):
         q, context = context.visit(cross + "q", project(x, self.q[...], _value(self.q_bias)))
         k, context = context.visit(cross + "k", project(memory, self.k[...], _value(self.k_bias)))
         v, context = context.visit(cross + "v", project(memory, self.v[...], _value(self.v_bias)))
-        return self._heads(q, k, v, context, allowed, None, cross)
+        return self._heads(q, Slots(k, v), context, allowed, None, cross)
 
     def _heads(
         self,
         q: Array,
-        k: Array,
-        v: Array,
+        keys: Keys,
         context: Context,
         allowed: Array,
         bias: Array | None,
@@ -147,58 +244,21 @@ class Attention(nnx.Module):
         skip = getattr(route, "skip", None)
         if skip is not None and q.shape[1] > skip[0]:
             # Only the heads that each token chose, without z.
-            out = route.attend(q, k, v, self.o[...], context, allowed, bias, prefix)
+            out = route.attend(q, keys, self.o[...], context, allowed, bias, prefix)
         else:
-            out, context = self._every_head(q, k, v, context, allowed, bias, prefix)
+            z, context = keys.attend(q, context, allowed, bias, prefix)
+            out, context = self._merged(z, context, prefix)
         if self.o_bias is not None:
             out = out + self.o_bias[...].astype(out.dtype)
         return out, context
 
-    def _every_head(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        context: Context,
-        allowed: Array,
-        bias: Array | None,
-        prefix: str,
-    ) -> tuple[Array, Context]:
-        z, context = _attend(q, k, v, context, allowed, bias, prefix)
+    def _merged(self, z: Array, context: Context, prefix: str) -> tuple[Array, Context]:
+        """The sum of the heads' writes [B,T,D] of z [B,T,H,Dh]."""
         z, context = context.visit(prefix + "z", z)
         if context.wants(prefix + "head_out"):
             writes, context = context.visit(prefix + "head_out", head_writes(z, self.o[...]))
             return writes.sum(axis=2), context
         return merge_heads(z, self.o[...]), context
-
-
-def _attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    context: Context,
-    allowed: Array,
-    bias: Array | None,
-    prefix: str,
-) -> tuple[Array, Context]:
-    """z [B,T,H,Dh]; the maps [B,H,T,S] exist only where somebody asks for them."""
-    scale, softcap = context.config.attn_scale, context.config.attn_softcap
-    k, v = (like_heads(whole(kv, 1), q) for kv in (k, v))
-    if softcap is None and not context.wants(prefix + "scores", prefix + "pattern"):
-        # Not every backend multiplies float16 with float32 sums here.
-        dtype = jnp.float32 if q.dtype == jnp.float16 else q.dtype
-        k, v = k.astype(dtype), v.astype(dtype)
-        bias = None if bias is None else bias.astype(dtype)
-        # The weights [B,H,T,S] are computed again in the backward pass instead of kept.
-        fused = partial(jax.nn.dot_product_attention, bias=bias, mask=allowed, scale=scale)
-        z = jax.checkpoint(fused, prevent_cse=False)(q.astype(dtype), k, v)
-        return z.astype(q.dtype), context
-    scores = attention_scores(q, k, allowed, scale=scale, softcap=softcap, bias=bias)
-    scores, context = context.visit(prefix + "scores", scores)
-    # The mask is the model's: an edit of the logits cannot reveal a key it hides.
-    scores = mask_scores(scores, allowed)
-    pattern, context = context.visit(prefix + "pattern", jax.nn.softmax(scores, axis=-1))
-    return mix_values(pattern, v), context
 
 
 def _value(param: nnx.Param | None) -> Array | None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxheads.model.attention import Attention
+from jaxheads.model.attention import Attention, Cached
 from jaxheads.model.context import Context
 from jaxheads.model.mlp import MLP
 from jaxheads.model.norms import Norm, optional_norm
@@ -42,8 +42,8 @@ class Block(nnx.Module):
         self.mlp_scale = optional(params, "mlp_scale")
 
     def __call__(
-        self, x: Array, context: Context, cached: tuple[Array, Array] | None
-    ) -> tuple[Array, Context, tuple[Array, Array]]:
+        self, x: Array, context: Context, cached: Cached | None
+    ) -> tuple[Array, Context, Any]:
         """Maps the residual stream [B,T,D] before the block to the one after it.
 
         Args and returns as for `Attention.__call__`.
@@ -55,7 +55,7 @@ class Block(nnx.Module):
         if not config.first_attn_norm:
             normed = jnp.where(context.layer == 0, x, normed)
         normed, context = context.visit("attn_in", normed)
-        out, context, attended = self.attn(normed, context, cached)
+        out, context, cached = self.attn(normed, context, cached)
         out = _written(self.attn_norm, self.attn_post_norm, self.attn_scale, out, context)
         out, context = context.visit("attn_out", out)
         x = _sum(self.attn_norm, x, out, context)
@@ -68,7 +68,7 @@ class Block(nnx.Module):
         out = _written(self.mlp_norm, self.mlp_post_norm, self.mlp_scale, out, context)
         out, context = context.visit("mlp_out", out)
         x, context = context.visit("resid_post", _sum(self.mlp_norm, x, out, context))
-        return x, context, attended
+        return x, context, cached
 
     @staticmethod
     def _attend_to_memory(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.model.cache import KVCache
+from jaxheads.model.cache import Cache
 from jaxheads.model.config import ModelConfig
 from jaxheads.model.context import Edit, Tap
 from jaxheads.sites import CROSS_SITES, ENCODER
@@ -32,7 +32,7 @@ def check_images(
     config: ModelConfig,
     images: Array | np.ndarray,
     mask: Array | np.ndarray | None = None,
-    cache: KVCache | None = None,
+    cache: Cache | None = None,
     logits_at: Array | np.ndarray | None = None,
 ) -> None:
     """Raises ValueError for images that the model cannot take."""
@@ -72,7 +72,7 @@ def check_types(
 def check_segments(
     tokens: Array | np.ndarray,
     segments: Array | np.ndarray | None,
-    cache: KVCache | None,
+    cache: Cache | None,
 ) -> None:
     """Raises ValueError for segments that the model cannot take."""
     if segments is None:
@@ -92,7 +92,7 @@ def check_tokens(
     config: ModelConfig,
     tokens: Array | np.ndarray,
     mask: Array | np.ndarray | None = None,
-    cache: KVCache | None = None,
+    cache: Cache | None = None,
 ) -> None:
     """Raises ValueError for token ids that the model cannot take.
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxheads.model.cache import KVCache
+from jaxheads.model.cache import Cache
 from jaxheads.model.checks import check_sites, check_slots, check_tokens
 from jaxheads.model.config import ModelConfig
 from jaxheads.model.context import Edit, Tap, TapsLike, as_taps
@@ -146,7 +146,7 @@ class EncoderDecoder(nnx.Module):
         *,
         edits: Mapping[str, Edit] | None = None,
         taps: TapsLike = (),
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         phase: str = "prefill",
         logits_at: Array | np.ndarray | None = None,
     ) -> Output:
@@ -249,7 +249,7 @@ def _decode(
     memory_mask: Array | None,
     edits: Mapping[str, Edit],
     taps: dict[str, Tap],
-    cache: KVCache | None,
+    cache: Cache | None,
     logits_at: Array | None,
     *,
     phase: str,

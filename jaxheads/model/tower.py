@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 
+from jaxheads.model.attention import Cached
 from jaxheads.model.block import Block
-from jaxheads.model.cache import KVCache
+from jaxheads.model.cache import Cache
 from jaxheads.model.config import ModelConfig
 from jaxheads.model.context import Context, Edit, Tap, layer_slices
 from jaxheads.model.embedding import Embedding
@@ -20,6 +21,7 @@ from jaxheads.model.layout import gathered, rematerialised, whole
 from jaxheads.model.norms import optional_norm
 from jaxheads.model.relative import RelativeBias
 from jaxheads.model.rotary import rotary_angles
+from jaxheads.model.sight import AS_ORDERED, Sight, allowed_keys
 from jaxheads.sites import find_site
 
 Array = jax.Array
@@ -56,12 +58,13 @@ class Tower(nnx.Module):
     def begin(
         self,
         mask: Array,
-        cache: KVCache | None,
+        cache: Cache | None,
         phase: str,
         edits: Mapping[str, Edit],
         taps: Mapping[str, Tap],
         segments: Array | None = None,
-    ) -> tuple[Context, KVCache | None]:
+        sight: Sight = AS_ORDERED,
+    ) -> tuple[Context, Cache | None]:
         """Positions, visibility and angles of the tokens of mask [B,T], shared by all layers.
 
         The angles are those of every rotary encoding in use, with a leading axis for them.
@@ -74,17 +77,17 @@ class Tower(nnx.Module):
         if cache is not None:
             start = cache.length
             count = count + cache.mask.sum(axis=1, keepdims=True)
-            key_mask = jax.lax.dynamic_update_slice(cache.mask, mask, (0, start))
-            cache = replace(cache, mask=key_mask)
+            cache = cache.started(mask)
+            key_mask = cache.mask
         positions = jnp.maximum(count, 0)
         slots, keys = start + jnp.arange(mask.shape[1]), jnp.arange(key_mask.shape[1])
-        allowed = key_mask[:, None, None, :]
-        if config.causal:
-            allowed = allowed & (keys <= slots[:, None])
+        allowed = allowed_keys(config, sight, mask, key_mask, start)
         if segments is not None:
             segments = whole(segments, 1)
             allowed = allowed & (segments[:, None, :, None] == segments[:, None, None, :])
             positions = positions - _first_of_segment(positions, segments)
+        if sight.positions is not None:
+            positions = jnp.asarray(sight.positions)
         context = Context(
             config=config,
             positions=positions,
@@ -105,9 +108,9 @@ class Tower(nnx.Module):
         x: Array,
         context: Context,
         edits: Mapping[str, Edit],
-        cache: KVCache | None,
+        cache: Cache | None,
         remat: str = "none",
-    ) -> tuple[Array, dict[str, Any], KVCache | None]:
+    ) -> tuple[Array, dict[str, Any], Cache | None]:
         """Runs the blocks on x [B,T,D], the residual stream that enters the first.
 
         `remat` is one of `REMAT`.
@@ -117,19 +120,16 @@ class Tower(nnx.Module):
           in the stack, with a leading layer axis, and the cache with new keys and values.
         """
         inside = layer_slices(edits, self.config.n_layers)
-        cached = None if cache is None else (cache.k, cache.v)
 
-        def body(x: Array, sliced: tuple) -> tuple[Array, tuple]:
-            layer, edits_here, cached_here = sliced
-            x, here, attended = self.step(x, context, layer, edits_here, cached_here)
-            return x, (here.tapped, attended if cache is not None else None)
+        # The cache is carried, so that it is written in place and never copied as a whole.
+        def body(carry: tuple, sliced: tuple) -> tuple[tuple, Mapping[str, Any]]:
+            (x, cache), (layer, edits_here) = carry, sliced
+            x, here, extended = self.step(x, context, layer, edits_here, cache)
+            return (x, None if cache is None else extended), here.tapped
 
-        inputs = (self.layers(), inside, cached)
-        x, (tapped, attended) = jax.lax.scan(rematerialised(body, x, remat), x, inputs)
-        if cache is not None:
-            length = cache.length + context.token_mask.shape[1]
-            cache = replace(cache, k=attended[0], v=attended[1], length=length)
-        return x, tapped, cache
+        carry, inputs = (x, cache), (self.layers(), inside)
+        (x, cache), tapped = jax.lax.scan(rematerialised(body, x, remat), carry, inputs)
+        return x, tapped, None if cache is None else cache.ended(context.token_mask)
 
     def layers(self) -> Layers:
         """The blocks and what else differs between them, to be scanned or indexed."""
@@ -149,8 +149,8 @@ class Tower(nnx.Module):
         context: Context,
         layer: Layers,
         edits: Mapping[str, Edit],
-        cached: tuple[Array, Array] | None = None,
-    ) -> tuple[Array, Context, tuple[Array, Array]]:
+        cached: Cached | None = None,
+    ) -> tuple[Array, Context, Any]:
         """Runs one block on x [B,T,D].
 
         Args:
@@ -158,7 +158,7 @@ class Tower(nnx.Module):
           context: as `begin` made it.
           layer: the slice of `layers()` at this block.
           edits: the edits of this block, without a layer axis.
-          cached: keys and values [B,S,K,Dh] of the slots before, or None.
+          cached: the tokens before, or None.
 
         Returns:
           As `Block.__call__`.

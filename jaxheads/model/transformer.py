@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx, struct
 
 from jaxheads.model.batch import Batch
-from jaxheads.model.cache import KVCache
+from jaxheads.model.cache import Cache
 from jaxheads.model.checks import (
     check_images,
     check_segments,
@@ -41,6 +41,7 @@ from jaxheads.model.parameters import (
     parameter_table,
     random_parameters,
 )
+from jaxheads.model.sight import Sight, check_sight
 from jaxheads.model.tower import Tower
 from jaxheads.names import choose
 from jaxheads.sites import find_site
@@ -64,7 +65,7 @@ class Output:
 
     logits: Array
     taps: dict[str, Any]
-    cache: KVCache | None = None
+    cache: Cache | None = None
     pooled: Array | None = None
 
 
@@ -214,11 +215,14 @@ class Transformer(Tower):
         *,
         edits: Mapping[str, Edit] | None = None,
         taps: TapsLike = (),
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         phase: str = "prefill",
         logits_at: Array | np.ndarray | None = None,
         token_types: Array | np.ndarray | None = None,
         segments: Array | np.ndarray | None = None,
+        positions: Array | np.ndarray | None = None,
+        sees: Array | np.ndarray | None = None,
+        prefix: Array | np.ndarray | None = None,
         remat: str = "none",
     ) -> Output:
         """Runs the model. Compiled once per shape and structure of the arguments.
@@ -239,6 +243,11 @@ class Transformer(Tower):
           segments: int [B,T], which of the texts packed into a row a token belongs to, 0 for
             padding: tokens see their own text only, and positions count from its start. None
             for one text a row. A `Batch` may carry it.
+          positions: int [B,T], the position of each token; None counts real ones.
+          sees: bool [T,T] or [B,T,T], which of these tokens each one sees (those in the cache
+            are seen by all); None for those before it, or all where not causal.
+          prefix: int [B], how many first real tokens of a row see one another in both
+            directions; the prompt must be read whole. None for none.
           remat: what each block keeps for the backward pass: "none" all but attention weights
             and activations of the gated MLP, "dots" the products with weights, "full" only the
             block's input. Values and gradients are the same.
@@ -271,10 +280,12 @@ class Transformer(Tower):
             check_slots(logits_at, *tokens.shape)
         check_types(self.config, tokens, token_types)
         check_segments(tokens, segments, cache)
+        sight = Sight(positions, sees, prefix)
+        check_sight(self.config, sight, tokens.shape, cache, phase)
         taps = as_taps(taps)
         check_sites(self.config, edits, taps)
         return _forward(
-            self, tokens, mask, edits, taps, cache, logits_at, token_types, segments,
+            self, tokens, mask, edits, taps, cache, logits_at, token_types, segments, sight,
             phase=phase, remat=remat,
         )  # fmt: skip
 
@@ -286,10 +297,11 @@ def _forward(
     mask: Array | None,
     edits: Mapping[str, Edit],
     taps: dict[str, Tap],
-    cache: KVCache | None,
+    cache: Cache | None,
     logits_at: Array | None,
     token_types: Array | None,
     segments: Array | None,
+    sight: Sight,
     *,
     phase: str,
     remat: str,
@@ -302,7 +314,7 @@ def _forward(
     else:
         x = embed_tokens(table, tokens, config)
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-    context, cache = model.begin(mask, cache, phase, edits, taps, segments)
+    context, cache = model.begin(mask, cache, phase, edits, taps, segments, sight)
     x = model.embed(x, context.positions, token_types, config)
     x, context = context.visit("embed", x)
     x, tapped, cache = model.run(x, context, edits, cache, remat)

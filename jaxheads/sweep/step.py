@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from jaxheads.model.attention import Slots
 from jaxheads.model.cache import KVCache
 from jaxheads.model.context import Context, Edit, Tap
 from jaxheads.model.transformer import Transformer, read_at
@@ -89,26 +90,24 @@ class Step:
             past = KVCache(jnp.zeros(()), jnp.zeros(()), before, jnp.asarray(start, jnp.int32))
         return self.model.begin(mask[:, start:], past, "prefill", {}, {})[0]
 
-    def before(
-        self, x: Stream, edits: Mapping[str, Edit]
-    ) -> tuple[Array | None, tuple[Array, Array] | None]:
+    def before(self, x: Stream, edits: Mapping[str, Edit]) -> tuple[Array | None, Slots | None]:
         """What lies before the window.
 
         Returns:
-          The common slots after the block, if there are any; keys and values [B,T,K,Dh] of the
-          slots before the window, or None without a window.
+          The common slots after the block, if there are any; keys and values of the slots before
+          the window, or None without a window.
         """
         if not self.start:
             return None, None
         if x.common is None:
             assert self.prefix.k is not None and self.prefix.v is not None
-            return None, (self.prefix.k[self.layer], self.prefix.v[self.layer])
+            return None, Slots(self.prefix.k[self.layer], self.prefix.v[self.layer])
         mask = self.prefix.mask
         context, _ = self.model.begin(mask[:1, : self.start], None, "prefill", {}, {})
         common, _, known = self.model.step(x.common, context, self.block, edits)
         rest = ((0, 0), (0, mask.shape[1] - self.start), (0, 0), (0, 0))
-        k, v = (jnp.pad(part, rest).repeat(mask.shape[0], axis=0) for part in known)
-        return common, (k, v)
+        k, v = (jnp.pad(part, rest).repeat(mask.shape[0], axis=0) for part in (known.k, known.v))
+        return common, Slots(k, v)
 
     def edits(self, arguments: Any, *, entering: bool) -> Mapping[str, Edit]:
         """Those of a point that begins in this block, or began below."""

@@ -171,12 +171,11 @@ def _edit_rules() -> tuple[Rule, ...]:
             read = tuple(_DIVIDED.get(axis) for axis in find_site(BETWEEN[site.name][1]).axes[2:])
             rules.append(Rule(rf"{name}/down", (None, *read, None)))
             rules.append(Rule(rf"{name}/up", (None, None, *axes[2:]), small))
-    # `Route`, under its site or, where its weights are trained beside parameters, under "route".
-    route = rf"(({prefix}z{inside})|cross\.z{inside}|route)"
+    # `Route`, whole or of its weights what is trained.
+    route = rf"(({prefix}z{inside})|cross\.z{inside})"
     rules.append(Rule(rf"{route}/(router|shared_router)", (None, None, "tensor")))
     rules.append(Rule(rf"{route}/(shared|top_k|balance|keys)", None))
-    # `Experts` at their sites; their routers, where they are trained beside parameters.
-    rules.append(Rule(rf"({prefix}(z|neurons){inside}/(gating|keys))|experts/(z|neurons)", None))
+    rules.append(Rule(rf"{prefix}(z|neurons){inside}/(gating|keys)", None))
     return tuple(rules)
 
 

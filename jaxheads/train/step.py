@@ -73,9 +73,13 @@ def make_step(
       loss: what is made small. Its key is drawn from (seed, step).
       optimizer: an optax transformation.
       seed: of the keys.
-      accumulate: the batch is cut into this many parts of equal rows, whose gradients are
-        added up one after another; each counts by its metric "weight", so the step equals
-        that of the whole batch.
+      accumulate: the batch is cut into this many parts of equal rows, whose losses, metrics and
+        gradients are averaged, each part counting by its metric "weight" (1 without one). So
+        the step equals that of the whole batch for a loss that is a mean over these targets
+        and uses no key. It does not for a loss that multiplies means, as the load-balance
+        loss of `RoutingPenalty` does: it becomes a mean over parts of products of each
+        part's own means. A mean over anything else than the targets, as a router's z-loss
+        over tokens, differs as far as targets per token do; and each part has its own key.
       average: decay of the exponential moving average, in (0, 1); None for no average.
 
     Raises:
