@@ -232,6 +232,12 @@ def test_taps_of_decode_steps_equal_those_of_a_whole_pass():
     assert made.prompt_taps["norms"].shape == (3, 2, 12, 6)
 
 
+def test_one_new_token_is_chosen_without_a_decode_step():
+    made = jh.generate(tiny_model(), jh.pack(ROWS), max_new_tokens=1, taps="z")
+    assert made.rows() == [by_hand(row, 1)[0] for row in ROWS]
+    assert made.taps["z"].shape == (0, 3, 2, 1, 6, 8)
+
+
 def test_a_cache_of_the_callers_own_is_used_and_consumed():
     options = {"max_new_tokens": NEW, "cache": empty_cache(CONFIG, 2, 33)}
     state = start(tiny_model(), jh.pack(ROWS), **options)

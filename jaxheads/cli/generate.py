@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from jaxheads.cli.options import Dtype, Edit, EditOptions, Model, load_model, parse
+from jaxheads.cli.options import Dtype, Edit, EditOptions, Model, load_model, parse, parse_heads
 from jaxheads.cli.terminal import print_table, say
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ def generate(
     prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")],
     edit: Edit = EditOptions(),  # noqa: B008 - frozen
     decoding: Decoding = DecodingOptions(),
+    dola: Literal["low", "high"] | None = None,
+    contrast: str | None = None,
+    contrast_strength: float = 1.0,
     chat: bool = False,
     compare: bool = False,
     max_new_tokens: int = 64,
@@ -88,6 +92,9 @@ def generate(
         prompt: The text to continue.
         edit: What to change.
         decoding: How tokens are chosen, and when to stop.
+        dola: Choose tokens by contrast with early layers of the lower or upper half (DoLa).
+        contrast: Choose tokens by contrast with the model without these heads, 18.6,17.3.
+        contrast_strength: How much of the other model's log-probabilities is subtracted.
         chat: Put the prompt into the model's chat template, as a user's message.
         compare: Also print what the model says without the edits.
         max_new_tokens: Tokens to generate at most; the model may stop earlier.
@@ -101,20 +108,32 @@ def generate(
         raise ValueError("the prompt is empty: expected some text")
     if compare and edit.edits is None and edit.mask is None:
         raise ValueError("--compare needs something to compare: give --edits or --mask")
+    if dola is not None and contrast is not None:
+        raise ValueError("--dola and --contrast are two ways to choose a token: give one")
+    if not 0 <= contrast_strength < math.inf:
+        raise ValueError(f"--contrast-strength must be 0 or more, got {contrast_strength}")
+    against = None if contrast is None else parse_heads(contrast)
     edit.check()
     import jax
 
     import jaxheads
+    from jaxheads.decode.contrast import Contrasted, DoLa
 
     loaded, tokenizer = load_model(model, dtype)
     decoding.check(tokenizer)
     edits = edit.build(loaded.config)
+    talking: Any = loaded
+    if dola is not None:
+        talking = DoLa.of(loaded, dola)
+    if against is not None:
+        amateur = jaxheads.mask_heads(loaded.config, against)
+        talking = Contrasted(loaded, amateur, contrast_strength)
     text = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else prompt
     batch = tokenizer(text, add_special_tokens=not chat)
 
     def continued(edits: jaxheads.Edits | None, label: str = "") -> None:
         run = partial(
-            jaxheads.generate, loaded, batch, max_new_tokens=max_new_tokens, edits=edits,
+            jaxheads.generate, talking, batch, max_new_tokens=max_new_tokens, edits=edits,
             samples=samples, chunk=chunk, key=jax.random.key(seed), **decoding.keywords(tokenizer),
         )  # fmt: skip
         if samples == 1:

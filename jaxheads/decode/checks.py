@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
+from jaxheads.decode.contrast import Contrasted, DoLa, Model
 from jaxheads.decode.prefill import check_chunked
 from jaxheads.model.batch import Batch
 from jaxheads.model.cache import Cache
@@ -16,7 +17,7 @@ from jaxheads.model.transformer import Transformer
 
 
 def check_request(
-    model: Transformer,
+    model: Model,
     prompts: Batch,
     *,
     max_new_tokens: int,
@@ -25,9 +26,11 @@ def check_request(
     cache: Cache | None,
     stop: Sequence[int],
     prompt_taps: Mapping[str, Tap],
+    policy: object | None = None,
 ) -> None:
     """Raises ValueError for what `start` cannot do; the arguments are its own."""
-    if not isinstance(model, Transformer) or not model.config.causal or model.config.head != "lm":
+    known = isinstance(model, Transformer | Contrasted | DoLa)
+    if not known or not model.config.causal or model.config.head != "lm":
         raise ValueError(f"generation needs a causal language model, got {model!r}")
     if prompts.segments is not None:
         raise ValueError("prompts must have a row each, got a Batch with packed segments")
@@ -50,8 +53,23 @@ def check_request(
             )
     if chunk is not None:
         check_chunked(prompt_taps)
+    if policy is not None:
+        _check_policy(model, prompts, cache, prompt_taps)
     if cache is not None:
         _check_cache(cache, rows, total, told)
+
+
+def _check_policy(
+    model: Model, prompts: Batch, cache: Cache | None, prompt_taps: Mapping[str, Tap]
+) -> None:
+    if cache is not None:
+        raise ValueError("give one of cache and policy: a policy makes its own cache")
+    if prompt_taps:
+        raise ValueError("a policy reads the prompts itself and hands back no prompt_taps")
+    if not isinstance(model, Transformer):
+        raise ValueError(f"a policy reads a plain model, got {type(model).__name__}")
+    if _is_traced(prompts.tokens) or _is_traced(prompts.mask):
+        raise ValueError("a policy looks at the prompts and cannot be used under jit: give cache=")
 
 
 def _check_cache(cache: Cache, rows: int, total: int, told: str) -> None:

@@ -9,14 +9,15 @@ import jax
 import numpy as np
 from flax import struct
 
+from jaxheads.decode.contrast import Model
 from jaxheads.decode.live import OnText, decode_with_text
+from jaxheads.decode.policies import Policy
 from jaxheads.decode.sampling import Sampler
 from jaxheads.decode.state import State, advance, start
 from jaxheads.decode.text import Tokenizer, check_stops
 from jaxheads.model.batch import Batch
 from jaxheads.model.cache import Cache
 from jaxheads.model.context import Edit, TapsLike
-from jaxheads.model.transformer import Transformer
 
 Array = jax.Array
 
@@ -57,7 +58,7 @@ class Generated:
 
 
 def generate(
-    model: Transformer,
+    model: Model,
     prompts: Batch | Array | np.ndarray,
     *,
     max_new_tokens: int,
@@ -76,6 +77,7 @@ def generate(
     prompt_taps: TapsLike = (),
     chunk: int | None = None,
     cache: Cache | None = None,
+    policy: Policy | None = None,
 ) -> Generated:
     """Continues prompts.
 
@@ -84,7 +86,7 @@ def generate(
     edits; the values of edits and of the sampling options do not recompile.
 
     Args:
-      model: a causal language model.
+      model: a causal language model, or one that contrasts (`jaxheads.decode.contrast`).
       prompts: `Batch` or int [B,T]; rows of different lengths may be padded on either side.
       max_new_tokens: N, tokens to generate at most.
       edits: what to change. With `samples`, leaves with a row axis do not fit the decode
@@ -109,6 +111,8 @@ def generate(
         the memory of the pass is less.
       cache: empty, of B rows and at least T+N slots; consumed: its buffers are reused. None
         for one of that size with every key and value.
+      policy: keeps a part of the prompts' keys and values, as `jaxheads.decode.policies` says;
+        it reads them itself, 512 tokens at a time unless `chunk` says otherwise, outside of jit.
 
     Raises:
       ValueError: an option out of range, no key to sample with, prompts that with their
@@ -128,6 +132,7 @@ def generate(
     state = start(
         model, prompts, max_new_tokens=max_new_tokens, sampler=sampler, key=key, stop=tokens,
         edits=edits, taps=taps, prompt_taps=prompt_taps, samples=samples, chunk=chunk, cache=cache,
+        policy=policy,
     )  # fmt: skip
     if tokenizer is None:
         return _result(advance(model, state, max_new_tokens - 1))

@@ -8,9 +8,9 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 
+from jaxheads.decode.contrast import Model
 from jaxheads.decode.state import State, advance
 from jaxheads.decode.text import Tokenizer, find_stop, text_so_far
-from jaxheads.model.transformer import Transformer
 
 OnText = Callable[[int, str], None]
 
@@ -62,7 +62,7 @@ class Reader:
 
 
 def decode_with_text(
-    model: Transformer,
+    model: Model,
     state: State,
     tokenizer: Tokenizer,
     stops: Sequence[str],

@@ -2,7 +2,7 @@
 
 A policy reads a prompt and hands back a cache that takes `room` more tokens. `Full` keeps all;
 `HeadWise` keeps all in some heads and a short context in the others, chosen beforehand; `Selected`
-lets each head keep some tokens, chosen by the prompt.
+lets each head keep some tokens, chosen by the prompt; `Chunks` lets each query see some.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxheads.decode.chunk_cache import ChunkCache
 from jaxheads.decode.head_cache import HeadCache
 from jaxheads.decode.kept import compress
 from jaxheads.decode.kinds import HeadKinds
@@ -79,6 +80,35 @@ class HeadWise:
         rows, length = np.shape(batch.tokens)
         cache = HeadCache.empty(model.config, self.kinds, rows, length + room)
         return read(model, batch, cache, edits=edits, chunk=chunk)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """LongHeads: every query of a head sees a few chunks of the text, see `ChunkCache`.
+
+    Attributes:
+      width: tokens of a chunk.
+      chunks: how many a query sees.
+    """
+
+    width: int = 256
+    chunks: int = 16
+
+    def read(
+        self, model: Transformer, batch: Batch, *, room: int, edits: Edits = None, chunk: int = 512
+    ) -> Read:
+        """As `Policy.read`; at most a chunk's tokens are read at a time.
+
+        Raises:
+          ValueError: rows of different lengths.
+        """
+        if not np.asarray(batch.mask).all():
+            raise ValueError("chunks need prompts of one length, without padding")
+        rows, length = np.shape(batch.tokens)
+        cache = ChunkCache.empty(
+            model.config, rows, length + room, width=self.width, chunks=self.chunks
+        )
+        return read(model, batch, cache, edits=edits, chunk=min(chunk, self.width))
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxheads.decode.contrast import Model
 from jaxheads.model.cache import Cache
 from jaxheads.model.context import Edit, Tap
 from jaxheads.model.layout import axes_of, lay
-from jaxheads.model.transformer import Output, Transformer
+from jaxheads.model.transformer import Output
 from jaxheads.sites import find_site
 
 Array = jax.Array
@@ -19,7 +20,7 @@ Carry = tuple[Cache, Array]
 
 
 def prefill(
-    model: Transformer,
+    model: Model,
     tokens: Array,
     mask: Array,
     cache: Cache,

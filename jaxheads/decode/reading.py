@@ -117,6 +117,14 @@ def _read(
     return Read(logits, cache), total
 
 
+def on_the_left(batch: Batch) -> Batch:
+    """The same prompts padded on the left, on the host."""
+    tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask)
+    # Stable: padding first, then the tokens in their order.
+    order = np.argsort(mask, axis=1, kind="stable")
+    return Batch(np.take_along_axis(tokens, order, 1), np.take_along_axis(mask, order, 1))
+
+
 @partial(jax.jit, static_argnames="watched", donate_argnames="cache")
 def _pass(
     model: Transformer,

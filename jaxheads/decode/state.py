@@ -18,7 +18,10 @@ from flax import struct
 
 from jaxheads.decode.caches import cache_for, repeat_rows, repeated
 from jaxheads.decode.checks import check_request
+from jaxheads.decode.contrast import Model
+from jaxheads.decode.policies import Policy
 from jaxheads.decode.prefill import cache_of, prefill
+from jaxheads.decode.reading import on_the_left
 from jaxheads.decode.sampling import Sampler, sample
 from jaxheads.model.batch import Batch
 from jaxheads.model.cache import Cache
@@ -94,7 +97,7 @@ class State:
 
 
 def start(
-    model: Transformer,
+    model: Model,
     prompts: Batch | Array | np.ndarray,
     *,
     max_new_tokens: int,
@@ -107,6 +110,7 @@ def start(
     samples: int = 1,
     chunk: int | None = None,
     cache: Cache | None = None,
+    policy: Policy | None = None,
 ) -> State:
     """Reads prompts and chooses the first new token of each row.
 
@@ -126,6 +130,7 @@ def start(
       samples: rows for each prompt.
       chunk: prompt tokens read at a time.
       cache: empty; consumed.
+      policy: reads the prompts instead, and keeps of them what it keeps.
 
     Returns:
       The state after the first new token.
@@ -138,7 +143,7 @@ def start(
     sampler = Sampler.of(model.config.vocab_size) if sampler is None else sampler
     check_request(
         model, batch, max_new_tokens=max_new_tokens, samples=samples, chunk=chunk, cache=cache,
-        stop=stop, prompt_taps=prompt_taps,
+        policy=policy, stop=stop, prompt_taps=prompt_taps,
     )  # fmt: skip
     if sampler.greedy:
         if samples > 1:
@@ -152,16 +157,23 @@ def start(
     settings = Settings(
         {} if edits is None else edits, taps, sampler, jnp.asarray(list(stop), jnp.int32), key
     )
-    logits, found, cache = _read(
-        model, batch, settings.edits, prompt_taps, cache, chunk=chunk, new=max_new_tokens
-    )
+    found: dict[str, Any] = {}
+    if policy is not None:
+        assert isinstance(model, Transformer)
+        size = {} if chunk is None else {"chunk": chunk}
+        read = policy.read(model, on_the_left(batch), room=max_new_tokens, edits=edits, **size)
+        logits, cache = read.logits, read.cache
+    else:
+        logits, found, cache = _read(
+            model, batch, settings.edits, prompt_taps, cache, chunk=chunk, new=max_new_tokens
+        )
     if samples > 1:
         cache = _repeated(cache, samples)
     progress = _first(model, batch, settings, logits, cache, new=max_new_tokens, samples=samples)
     return State(settings, progress, cache, found)
 
 
-def advance(model: Transformer, state: State, steps: int | Array) -> State:
+def advance(model: Model, state: State, steps: int | Array) -> State:
     """Decodes at most `steps` more tokens of each row; fewer where all rows end before.
 
     However the steps are divided among calls, the tokens are the same. `steps` is a value:
@@ -173,6 +185,8 @@ def advance(model: Transformer, state: State, steps: int | Array) -> State:
         buffers.
       steps: int scalar.
     """
+    if state.progress.tokens.shape[1] == 1:
+        return state  # `start` chose it.
     # Only the cache is donated: should Ctrl-C come in the middle, the rest is still there.
     steps = jnp.asarray(steps, jnp.int32)
     progress, cache = _advance(model, state.settings, state.progress, state.cache, steps)
@@ -189,7 +203,7 @@ def _as_batch(prompts: Batch | Array | np.ndarray) -> Batch:
 
 @partial(jax.jit, static_argnames=("chunk", "new"), donate_argnames="cache")
 def _read(
-    model: Transformer,
+    model: Model,
     batch: Batch,
     edits: Mapping[str, Edit],
     taps: dict[str, Tap],
@@ -210,7 +224,7 @@ _repeated = jax.jit(repeated, static_argnums=1)
 
 @partial(jax.jit, static_argnames=("new", "samples"))
 def _first(
-    model: Transformer,
+    model: Model,
     batch: Batch,
     settings: Settings,
     logits: Array,
@@ -244,7 +258,7 @@ def _first(
 
 @partial(jax.jit, donate_argnames="cache")
 def _advance(
-    model: Transformer, settings: Settings, progress: Progress, cache: Cache, steps: Array
+    model: Model, settings: Settings, progress: Progress, cache: Cache, steps: Array
 ) -> tuple[Progress, Cache]:
     limit = jnp.minimum(progress.step + steps, progress.tokens.shape[1])
 
@@ -264,9 +278,7 @@ def _unfinished(progress: Progress, limit: Array | int) -> Array:
     return (progress.step < limit) & progress.alive.any()
 
 
-def _read_newest(
-    model: Transformer, settings: Settings, progress: Progress, cache: Cache
-) -> Output:
+def _read_newest(model: Model, settings: Settings, progress: Progress, cache: Cache) -> Output:
     """The pass over the newest token of each row. Rows that ended write padding."""
     newest = jax.lax.dynamic_slice_in_dim(progress.tokens, progress.step - 1, 1, axis=1)
     return model(
