@@ -53,6 +53,11 @@ class Pair:
         """As `Cache.size`."""
         return int(self.expert.size)
 
+    @property
+    def nbytes(self) -> int:
+        """As `Cache.nbytes`."""
+        return int(self.expert.nbytes + self.amateur.nbytes)
+
 
 @struct.dataclass
 class Contrasted:

@@ -32,6 +32,11 @@ class Cache(Protocol):
         """S, slots of the buffer: how many tokens can be read, padding included."""
         ...
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values in the arrays, with what else is kept to read them."""
+        ...
+
     def started(self, mask: Array) -> Self:
         """With the mask [B,T] of the tokens about to be read."""
         ...
@@ -66,6 +71,11 @@ class KVCache:
     def size(self) -> int:
         """As `Cache.size`."""
         return int(self.k.shape[3])
+
+    @property
+    def nbytes(self) -> int:
+        """As `Cache.nbytes`."""
+        return int(self.k.nbytes + self.v.nbytes)
 
     def started(self, mask: Array) -> KVCache:
         """As `Cache.started`."""
