@@ -16,7 +16,7 @@ from tiny import close, mostly_slow, tiny_model, tiny_tokens
 import jaxheads as jh
 from jaxheads.decode.head_cache import HeadCache
 from jaxheads.decode.kinds import HeadKinds
-from jaxheads.edits.streaming import StreamingMix, streaming_mix
+from jaxheads.edits import StreamingMix, streaming_mix
 from jaxheads.methods import duo_attention as duo
 from jaxheads.methods.measure import measure
 from jaxheads.methods.method import TaskData

@@ -10,6 +10,7 @@ from jaxheads.edits.build import (
     scale_heads,
     set_activation,
     steer,
+    streaming_mix,
 )
 from jaxheads.edits.dropout import Dropout, dropout
 from jaxheads.edits.edits import Edits
@@ -18,6 +19,7 @@ from jaxheads.edits.kinds import Affine, AttendTo, Chain, Gated, LowRank, Mix, P
 from jaxheads.edits.low_rank import lora, restrict_heads
 from jaxheads.edits.mixture import mixture_of_heads
 from jaxheads.edits.route import Route
+from jaxheads.edits.streaming import StreamingMix
 
 __all__ = [
     "Affine",
@@ -32,6 +34,7 @@ __all__ = [
     "OwnTokens",
     "Project",
     "Route",
+    "StreamingMix",
     "attend_to",
     "clamp_neurons",
     "dropout",
@@ -45,4 +48,5 @@ __all__ = [
     "scale_heads",
     "set_activation",
     "steer",
+    "streaming_mix",
 ]

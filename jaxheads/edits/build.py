@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxheads.edits.edits import Edits, When
 from jaxheads.edits.kinds import REFERENCES, Affine, AttendTo, Mix, Project
+from jaxheads.edits.streaming import StreamingMix
 from jaxheads.model.config import ModelConfig
 from jaxheads.names import choose
 from jaxheads.sites import find_site
@@ -301,3 +302,31 @@ def _shaped(name: str, value: object, shape: tuple[int, ...]) -> Array:
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
     return array
+
+
+def streaming_mix(
+    config: ModelConfig, alpha: Array | np.ndarray, *, sinks: int = 4, recent: int = 256
+) -> Edits:
+    """Streams key/value heads as far as their gates say.
+
+    Args:
+      config: of the model.
+      alpha: [L,K], 1 for heads that see everything and 0 for those that stream; bool, such as
+        `HeadKinds.full`, or anything between.
+      sinks: first tokens that a streaming head sees.
+      recent: last tokens that it sees, the query's own among them.
+
+    Raises:
+      ValueError: gates of another shape, a number of tokens below its least, a model that is not
+        causal.
+    """
+    shape = (config.n_layers, config.n_kv_heads)
+    if jnp.shape(alpha) != shape:
+        raise ValueError(f"alpha has shape {jnp.shape(alpha)}, expected {shape}")
+    if not config.causal:
+        raise ValueError("streaming heads are for causal models, and this one is not")
+    if sinks < 0:
+        raise ValueError(f"sinks must be at least 0, got {sinks}")
+    if recent < 1:
+        raise ValueError(f"recent must be at least 1, got {recent}")
+    return Edits(z=StreamingMix(jnp.asarray(alpha, jnp.float32), sinks, recent))

@@ -15,6 +15,7 @@ from flax import struct
 
 from jaxheads.edits.experts import Experts, OwnTokens
 from jaxheads.edits.route import Route
+from jaxheads.edits.streaming import StreamingMix
 from jaxheads.model.context import Context, Edit
 from jaxheads.model.layout import contract, gathered
 from jaxheads.names import choose
@@ -240,6 +241,7 @@ KINDS: dict[str, type] = {
         Route,
         Experts,
         OwnTokens,
+        StreamingMix,
         AttendTo,
         Gated,
         Chain,

@@ -12,12 +12,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
-from jaxheads.edits.edits import Edits
 from jaxheads.model.attention import Slots
-from jaxheads.model.config import ModelConfig
 from jaxheads.model.context import Context
 from jaxheads.model.layout import axes_of, lay, whole
 
@@ -70,31 +67,3 @@ class StreamingMix:
         alpha = jnp.repeat(self.alpha, value.shape[2] // k.shape[2]).astype(value.dtype)
         alpha = lay(alpha, axes_of(value)[2:3])[:, None]
         return streamed + alpha * (value - streamed)
-
-
-def streaming_mix(
-    config: ModelConfig, alpha: Array | np.ndarray, *, sinks: int = 4, recent: int = 256
-) -> Edits:
-    """Streams key/value heads as far as their gates say.
-
-    Args:
-      config: of the model.
-      alpha: [L,K], 1 for heads that see everything and 0 for those that stream; bool, such as
-        `HeadKinds.full`, or anything between.
-      sinks: first tokens that a streaming head sees.
-      recent: last tokens that it sees, the query's own among them.
-
-    Raises:
-      ValueError: gates of another shape, a number of tokens below its least, a model that is not
-        causal.
-    """
-    shape = (config.n_layers, config.n_kv_heads)
-    if jnp.shape(alpha) != shape:
-        raise ValueError(f"alpha has shape {jnp.shape(alpha)}, expected {shape}")
-    if not config.causal:
-        raise ValueError("streaming heads are for causal models, and this one is not")
-    if sinks < 0:
-        raise ValueError(f"sinks must be at least 0, got {sinks}")
-    if recent < 1:
-        raise ValueError(f"recent must be at least 1, got {recent}")
-    return Edits(z=StreamingMix(jnp.asarray(alpha, jnp.float32), sinks, recent))

@@ -46,7 +46,7 @@ import optax
 from flax import struct
 
 from jaxheads.decode.kinds import HeadKinds
-from jaxheads.edits.streaming import streaming_mix
+from jaxheads.edits import streaming_mix
 from jaxheads.methods.measure import readable
 from jaxheads.methods.method import Data, Tuned
 from jaxheads.methods.objective import rows_of

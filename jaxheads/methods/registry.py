@@ -14,6 +14,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "bigram": "bigram.BigramMasks",
         "denoiser": "denoiser.Denoiser",
         "draft_heads": "draft_heads.DraftTraining",
+        "duo_attention": "duo_attention.DuoAttention",
         "fine_tuning": "fine_tuning.FineTuning",
         "from_scratch": "from_scratch.FromScratch",
         "head_gating": "head_gating.HeadGating",

@@ -34,6 +34,7 @@ from jaxheads.train.writers import METRICS
 SCORE_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "bigram": "share of the head's weights kept",
+        "duo_attention": "gate of the key/value head",
         "head_gating": "gate",
         "iti": "accuracy of the head's probe",
         "lofit": "norm of the learned scaling vector",

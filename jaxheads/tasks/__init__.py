@@ -16,6 +16,7 @@ from jaxheads.tasks.haystack import needle
 from jaxheads.tasks.ioi import ioi
 from jaxheads.tasks.lookup import lookup
 from jaxheads.tasks.pairs import Pairs, encode_pairs, same_length, single_token
+from jaxheads.tasks.passkeys import passkeys
 from jaxheads.tasks.pronouns import pronouns
 from jaxheads.tasks.repeats import repeated_tokens
 from jaxheads.tasks.successors import successors
@@ -31,6 +32,7 @@ TASKS: Mapping[str, Callable[..., list[Example]]] = MappingProxyType(
         "ioi": ioi,
         "lookup": lookup,
         "needle": needle,
+        "passkeys": passkeys,
         "pronouns": pronouns,
         "successors": successors,
         "true_capitals": true_capitals,
@@ -89,6 +91,7 @@ __all__ = [
     "lookup",
     "needle",
     "options",
+    "passkeys",
     "pronouns",
     "repeated_tokens",
     "same_length",

@@ -84,7 +84,7 @@ def needle(
 
 
 def _example(rng: np.random.Generator, sentences: int, depth: float) -> Example:
-    filler = [_sentence(rng) for _ in range(sentences)]
+    filler = [sentence(rng) for _ in range(sentences)]
     statement, question = _FACTS[rng.integers(len(_FACTS))]
     value = f"{rng.choice(_ADJECTIVES)} {rng.choice(_NOUNS)}"
     place = round(depth * sentences)
@@ -97,5 +97,6 @@ def _example(rng: np.random.Generator, sentences: int, depth: float) -> Example:
     return Example(prompt, f" {value}", needle=(start, start + len(value)), group=value)
 
 
-def _sentence(rng: np.random.Generator) -> str:
+def sentence(rng: np.random.Generator) -> str:
+    """A plain sentence that tells nothing."""
     return f"{rng.choice(_SUBJECTS)} {rng.choice(_ACTIONS)} {rng.choice(_TIMES)}."

@@ -4,7 +4,7 @@ import numpy as np
 
 from jaxheads.tasks.checks import at_least
 from jaxheads.tasks.example import Example
-from jaxheads.tasks.haystack import _sentence
+from jaxheads.tasks.haystack import sentence
 
 WORDS = (
     "Alpha", "Bravo", "Charlie", "Delta", "Echo", "Foxtrot", "Golf", "Hotel", "India", "Juliet",
@@ -61,7 +61,7 @@ def _example(
     after = np.sort(rng.choice(sentences, keys, replace=False))
     text, needle = "", (0, 0)
     for place in range(sentences):
-        text += f"{_sentence(rng)} "
+        text += f"{sentence(rng)} "
         for index in np.flatnonzero(after == place):
             start = f"{text.rstrip()}\nThe {ORDINALS[index]} passkey is: "
             text = f"{start}{drawn[index]}.\n"

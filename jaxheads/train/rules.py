@@ -140,6 +140,8 @@ PARAMETERS: tuple[Rule, ...] = (
     Rule(r"relative/bias", (None, "tensor")),
     Rule(r"(head/dense|pooler/kernel|projection/kernel)", ("fsdp", None)),
     Rule(r"(head/dense_bias|pooler/bias)", (None,)),
+    # Draft heads are small, and trained beside a frozen model.
+    Rule(r"(ends|heads/\d+|prefix)/.*", None),
 )
 """Rules of every parameter that `parameter_table` of any family can have."""
 
