@@ -13,6 +13,7 @@ from jaxheads.tasks.counterfactual import counterfactual_capitals, true_capitals
 from jaxheads.tasks.example import Encoded, Example, Tokenizer, contrast, encode, split
 from jaxheads.tasks.greater_than import greater_than
 from jaxheads.tasks.haystack import needle
+from jaxheads.tasks.hops import hops
 from jaxheads.tasks.ioi import ioi
 from jaxheads.tasks.lookup import lookup
 from jaxheads.tasks.pairs import Pairs, encode_pairs, same_length, single_token
@@ -29,6 +30,7 @@ TASKS: Mapping[str, Callable[..., list[Example]]] = MappingProxyType(
         "contradicted_capitals": contradicted_capitals,
         "counterfactual_capitals": counterfactual_capitals,
         "greater_than": greater_than,
+        "hops": hops,
         "ioi": ioi,
         "lookup": lookup,
         "needle": needle,
@@ -87,6 +89,7 @@ __all__ = [
     "encode_pairs",
     "generate",
     "greater_than",
+    "hops",
     "ioi",
     "lookup",
     "needle",
