@@ -78,11 +78,12 @@ parity: $(PEERS_READY) ## Install torch; recompute every stored value, compare e
 	$(BIN)/python -m pytest -q -m peers
 
 .PHONY: benchmark
-benchmark: $(PEERS_READY) ## Install the peers; time forward passes, loading, sweeps and training
+benchmark: $(PEERS_READY) ## Install the peers; time forward passes, loading, sweeps, training, decoding
 	$(BIN)/python benchmarks/forward.py
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/decode.py
 
 .PHONY: notebooks
 notebooks: $(READY) ## Execute every notebook; the files stay as they are

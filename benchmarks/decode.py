@@ -1,6 +1,6 @@
 """Times decoding over caches that keep a part of the context, against transformers and kvpress.
 
-    python benchmarks/decode.py --peer-python PYTHON [--json] [--repeats 3] [--contexts 1024 4096]
+    python benchmarks/decode.py [--json] [--repeats 3] [--contexts 1024 4096] [--peer-python PATH]
 
 The same weights (SmolLM2, ours exported and loaded by transformers), the same random prompt,
 float32, one row, greedy. Every engine reads the prompt and decodes in a process of its own, so that
@@ -9,8 +9,9 @@ heads full, the others with sinks and recent tokens, as they are and in 8 bits; 
 Theirs: the DynamicCache of transformers; of kvpress the DuoAttention press on the same heads, and
 StreamingLLM. Bytes are those of the arrays of keys and values, ours with slots of tokens to come.
 
-PYTHON is an interpreter with kvpress 0.5.5, which needs transformers below 5.3; without it ours run
-alone. The run fails where the first tokens of ours and of transformers differ.
+The peers are installed from PyPI in an environment of their own (kvpress 0.5.5 needs transformers
+below 5.3), or taken from --peer-python. The run fails where our first tokens differ from those of
+transformers.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peers import environment
 from rich import print as write
 from rich.box import SIMPLE
 from rich.table import Table
@@ -40,6 +42,7 @@ RESULTS = HERE / "results" / "decode.json"
 OURS = ("full", "head-wise", "head-wise, 8 bits", "streaming")
 THEIRS = ("transformers", "kvpress duo", "kvpress streaming")
 SINKS, RECENT, STEPS = 4, 252, 16
+PEER_PACKAGES = ("torch==2.13.0", "kvpress==0.5.5")
 BUSY = 0.5
 """Load average per core, before the start, above which the timings deserve a warning."""
 
@@ -58,7 +61,7 @@ def run(script: str, python: str, checkpoint: str, job: dict[str, Any], threads:
 
 
 def measure(
-    contexts: list[int], share: float, repeats: int, threads: int, peer: str | None
+    contexts: list[int], share: float, repeats: int, threads: int, peer: str
 ) -> dict[str, Any]:
     """All engines at all contexts."""
     load = os.getloadavg()[0]
@@ -98,10 +101,10 @@ def measure(
             for name in OURS:
                 mine = job | {"engine": name}
                 rows[name] = run("jaxheads_decode.py", sys.executable, native, mine, threads)
-            for name in THEIRS if peer else ():
+            for name in THEIRS:
                 mine = job | {"engine": name}
-                rows[name] = run("torch_decode.py", str(peer), exported, mine, threads)
-            if peer and rows["full"]["tokens"] != rows["transformers"]["tokens"]:
+                rows[name] = run("torch_decode.py", peer, exported, mine, threads)
+            if rows["full"]["tokens"] != rows["transformers"]["tokens"]:
                 raise RuntimeError(f"the tokens after {context} differ from those of transformers")
             found["contexts"][str(context)] = rows
             show(context, rows)
@@ -134,15 +137,14 @@ def main() -> int:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 8112])
     parser.add_argument("--share", type=float, default=0.25, help="of heads that are full")
     parser.add_argument("--threads", type=int, default=2, help="threads of the peer")
-    parser.add_argument("--peer-python", help="an interpreter with kvpress")
+    parser.add_argument("--peer-python", help="a Python that has torch and kvpress")
     options = parser.parse_args()
     if options.repeats < 1 or min(options.contexts) <= SINKS + RECENT:
         parser.error(f"expected repeats of 1 or more and contexts above {SINKS + RECENT}")
     if not 0 < options.share <= 1:
         parser.error(f"--share must lie in (0, 1], got {options.share}")
-    found = measure(
-        options.contexts, options.share, options.repeats, options.threads, options.peer_python
-    )
+    python = options.peer_python or environment("kvpress", PEER_PACKAGES)
+    found = measure(options.contexts, options.share, options.repeats, options.threads, python)
     if options.json:
         RESULTS.parent.mkdir(exist_ok=True)
         write_json(RESULTS, found)

@@ -33,6 +33,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from peers import environment
 from rich import print as write
 from rich.box import SIMPLE
 from rich.table import Table
@@ -313,19 +314,6 @@ def prepare(folder: Path) -> tuple[Any, dict[str, np.ndarray]]:
     return model, arrays
 
 
-def peer_environment() -> str:
-    """The Python of the peer's environment, made from PyPI if it is not there."""
-    folder = HERE.parent / ".cache" / "transformer-lens"
-    python = folder / "bin" / "python"
-    if not (folder / ".ready").exists():
-        print(f"installing {' and '.join(PEER_PACKAGES)} in {folder}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
-        subprocess.run([*pip, *PEER_PACKAGES], check=True)
-        (folder / ".ready").touch()
-    return str(python)
-
-
 def measure(python: str, repeats: int, full: bool) -> dict[str, Any]:
     """Everything, as it goes to the JSON file."""
     if hasattr(os, "sched_setaffinity"):  # XLA, not yet started, sizes its thread pool by it
@@ -400,7 +388,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {options.repeats}")
-    python = options.peer_python or peer_environment()
+    python = options.peer_python or environment("transformer-lens", PEER_PACKAGES)
     found = measure(python, options.repeats, options.full)
     show(found)
     if options.json:

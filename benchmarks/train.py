@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peers import environment
 from rich import print as write
 from rich.box import SIMPLE
 from rich.table import Table
@@ -191,19 +192,6 @@ def prepare(folder: Path) -> dict[str, Any]:
     return {"model": MODEL, "layers": config.n_layers, "heads": heads.tolist()}
 
 
-def peer_environment() -> str:
-    """The Python of the peer's environment, made from PyPI if it is not there."""
-    folder = HERE.parent / ".cache" / "transformers"
-    python = folder / "bin" / "python"
-    if not (folder / ".ready").exists():
-        print(f"installing {' and '.join(PEER_PACKAGES)} in {folder}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
-        subprocess.run([*pip, *PEER_PACKAGES], check=True)
-        (folder / ".ready").touch()
-    return str(python)
-
-
 def measure(python: str, repeats: int, threads: int, only: list[str]) -> dict[str, Any]:
     """Everything (or the parts named), as it goes to the JSON file."""
     found: dict[str, Any] = {
@@ -312,7 +300,7 @@ def main() -> int:
         )  # fmt: skip
         utilization.show(found)
     else:
-        python = options.peer_python or peer_environment()
+        python = options.peer_python or environment("transformers", PEER_PACKAGES)
         found = measure(python, options.repeats, options.threads, options.only)
         show(found)
     if options.json:

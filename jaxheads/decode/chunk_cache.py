@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxheads.decode.maps import refuse_maps
 from jaxheads.model.attention import MASKED
 from jaxheads.model.config import ModelConfig
 from jaxheads.model.context import Context
@@ -205,11 +206,7 @@ class ChunkKeys:
         Raises:
           ValueError: something edits, taps or reads attention maps, which do not exist here.
         """
-        if context.wants("scores", "pattern"):
-            raise ValueError(
-                "scores and pattern cannot be edited, tapped or read where heads see chunks of the "
-                "text: every query sees others. Use a full cache (KVCache)"
-            )
+        refuse_maps(context, "every query sees chunks of its own")
         assert bias is None
         config = context.config
         b, t, h, dh = q.shape

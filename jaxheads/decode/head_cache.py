@@ -32,6 +32,7 @@ import numpy as np
 from flax import struct
 
 from jaxheads.decode.kinds import HeadKinds
+from jaxheads.decode.maps import refuse_maps
 from jaxheads.decode.pool import Place, Pool, cut
 from jaxheads.decode.streaming import Ring, Streamed, attend_streaming
 from jaxheads.model.attention import attention_scores, mix_values
@@ -208,11 +209,7 @@ class HeadKeys:
         Raises:
           ValueError: something edits, taps or reads attention maps, which do not exist here.
         """
-        if context.wants("scores", "pattern"):
-            raise ValueError(
-                "scores and pattern cannot be edited, tapped or read over a head-wise cache: heads "
-                "hold different tokens. Use a full cache (KVCache)"
-            )
+        refuse_maps(context, "heads hold different tokens")
         assert context.layer is not None and bias is None
         b, t, h, dh = q.shape
         layer, where = context.layer, self.where

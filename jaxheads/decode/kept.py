@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from jaxheads.decode.maps import refuse_maps
 from jaxheads.decode.pool import Pool
 from jaxheads.model.attention import attention_scores, mix_values
 from jaxheads.model.cache import KVCache
@@ -95,11 +96,7 @@ class KeptKeys:
         Raises:
           ValueError: something edits, taps or reads attention maps, which do not exist here.
         """
-        if context.wants("scores", "pattern"):
-            raise ValueError(
-                "scores and pattern cannot be edited, tapped or read where a cache holds chosen "
-                "tokens: heads hold different ones. Use a full cache (KVCache)"
-            )
+        refuse_maps(context, "heads hold different tokens")
         assert bias is None
         config = context.config
         scored = partial(attention_scores, scale=config.attn_scale, softcap=config.attn_softcap)
