@@ -10,6 +10,7 @@ import pytest
 from devices import on_eight_devices
 
 import jaxheads as jh
+from jaxheads.decode import HeadCache, HeadKinds
 from jaxheads.train import Job, Mesh, make_mesh
 
 SHAPE = {"n_layers": 2, "n_heads": 8, "head_dim": 8, "d_model": 32, "d_mlp": 64, "vocab_size": 96}
@@ -79,3 +80,34 @@ def test_divided_generation_equals_undivided_generation() -> None:
 @pytest.mark.slow
 def test_other_meshes_and_ways_too() -> None:
     check(list(MESHES), list(WAYS))
+
+
+def head_wise() -> list[Any]:
+    """Whether a head-wise cache gives the same in Auto mode, and what it says in Explicit mode."""
+    config = jh.ModelConfig(**SHAPE, n_kv_heads=4, context_length=64)
+    model = jh.Transformer.random(config, jax.random.key(0))
+    full = np.arange(8).reshape(2, 4) % 3 == 0
+    kinds = HeadKinds(full, sinks=1, recent=2, compensate=True)
+
+    def tokens(mesh: Any) -> np.ndarray:
+        job = Job(mesh=mesh)
+        with job.devices():
+            cache = HeadCache.empty(config, kinds, ROWS, 20)
+            made = jh.generate(
+                job.place(model), job.send(prompts()), max_new_tokens=NEW, cache=cache
+            )
+        return np.asarray(made.tokens)
+
+    auto = tokens(make_mesh(Mesh(data=2, tensor=4, mode="auto")))
+    try:
+        tokens(make_mesh(Mesh(data=2, tensor=4)))
+    except ValueError as error:
+        return [bool((auto == tokens(None)).all()), str(error)]
+    return [False, "not refused"]
+
+
+@pytest.mark.slow
+def test_head_wise_caches_run_in_auto_mode():
+    equal, message = on_eight_devices(head_wise)
+    assert equal
+    assert "run on a mesh in Auto mode only" in message

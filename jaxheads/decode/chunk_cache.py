@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxheads.decode.maps import refuse_maps
+from jaxheads.decode.refusals import refuse_division, refuse_maps
 from jaxheads.model.attention import MASKED
 from jaxheads.model.config import ModelConfig
 from jaxheads.model.context import Context
@@ -135,7 +135,7 @@ class ChunkCache:
             raise ValueError(
                 f"at most a chunk of {self.width} tokens is read at a time, got {mask.shape[1]}"
             )
-        here = jax.lax.dynamic_update_slice(self.mask, mask, (0, self.length))
+        here = jax.lax.dynamic_update_slice(self.mask, refuse_division(mask), (0, self.length))
         return replace(self, mask=here)
 
     def ended(self, mask: Array) -> ChunkCache:

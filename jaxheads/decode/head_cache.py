@@ -17,7 +17,8 @@ With compensation (Tang et al. 2024, "RazorAttention", eq. 6) the tokens that a 
 longer sees stand in its softmax as one: their mean key and value, with the logarithm of their
 number added to the logit. That is exact if their keys are equal.
 
-Rows can be divided over a mesh, heads cannot: layers do not have equal numbers of each kind.
+On a mesh it runs in Auto mode only. Heads could not be divided: layers do not have equal numbers of
+each kind.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ import numpy as np
 from flax import struct
 
 from jaxheads.decode.kinds import HeadKinds
-from jaxheads.decode.maps import refuse_maps
 from jaxheads.decode.pool import Place, Pool, cut
+from jaxheads.decode.refusals import refuse_division, refuse_maps
 from jaxheads.decode.streaming import Ring, Streamed, attend_streaming
 from jaxheads.model.attention import attention_scores, mix_values
 from jaxheads.model.config import ModelConfig
@@ -143,7 +144,10 @@ class HeadCache:
 
     def started(self, mask: Array) -> HeadCache:
         """With the mask [B,T] of the tokens about to be read."""
-        return replace(self, mask=jax.lax.dynamic_update_slice(self.mask, mask, (0, self.length)))
+        return replace(
+            self,
+            mask=jax.lax.dynamic_update_slice(self.mask, refuse_division(mask), (0, self.length)),
+        )
 
     def ended(self, mask: Array) -> HeadCache:
         """After all layers have read the tokens of mask [B,T]."""

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from jaxheads.decode.maps import refuse_maps
 from jaxheads.decode.pool import Pool
+from jaxheads.decode.refusals import refuse_division, refuse_maps
 from jaxheads.model.attention import attention_scores, mix_values
 from jaxheads.model.cache import KVCache
 from jaxheads.model.context import Context
@@ -61,7 +61,10 @@ class KeptCache:
 
     def started(self, mask: Array) -> KeptCache:
         """With the mask [B,T] of the tokens about to be read."""
-        return replace(self, mask=jax.lax.dynamic_update_slice(self.mask, mask, (0, self.length)))
+        return replace(
+            self,
+            mask=jax.lax.dynamic_update_slice(self.mask, refuse_division(mask), (0, self.length)),
+        )
 
     def ended(self, mask: Array) -> KeptCache:
         """After all layers have read the tokens of mask [B,T]."""

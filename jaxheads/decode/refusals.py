@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import jax
+
 from jaxheads.model.context import Context
+from jaxheads.model.layout import divided
+
+Array = jax.Array
 
 
 def refuse_maps(context: Context, why: str) -> None:
@@ -16,3 +21,17 @@ def refuse_maps(context: Context, why: str) -> None:
             f"scores and pattern cannot be edited, tapped or read where {why}. Use a full cache "
             "(KVCache)"
         )
+
+
+def refuse_division(mask: Array) -> Array:
+    """The mask [B,T] of new tokens; refused if it is divided over a mesh in Explicit mode.
+
+    Raises:
+      ValueError: it is.
+    """
+    if divided(mask):
+        raise ValueError(
+            "caches that hold different tokens for different heads run on a mesh in Auto mode only "
+            "(Mesh(mode='auto')), got rows divided in Explicit mode"
+        )
+    return mask
