@@ -57,19 +57,6 @@ def test_scaling_heads_is_less_than_a_percent_of_the_work(plain):
     assert memory <= plain[1] + 4 * (3 * 6 + 2 * 14 * 6 * 8)
 
 
-def test_fused_attention_is_left_only_by_asking_for_its_maps():
-    def attends_densely(**options):
-        jaxpr = jax.make_jaxpr(lambda: tiny_model()(tiny_tokens(), **options).logits)()
-        return "-1e+30" in str(jaxpr) or "-1.0000000150474662e+30" in str(jaxpr)
-
-    dense = ({"taps": "pattern"}, {"taps": "scores"}, {"edits": jh.attend_to(CONFIG, [], "self")})
-    for options in dense:
-        assert attends_densely(**options)
-    uniform = jh.mask_heads(CONFIG, [(0, 1)], "uniform")
-    for options in ({}, {"taps": ("z", "head_out", "q", "k", "v")}, {"edits": uniform}):
-        assert not attends_densely(**options)
-
-
 def test_one_program_serves_every_value_choice_of_heads_and_strength():
     @jax.jit
     @chex.assert_max_traces(n=1)

@@ -101,6 +101,7 @@ def test_logprobs_are_printed_by_token(
         assert f"{value:.4f}" in out
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_keeps_what_is_there(
     tiny: Path,
     library: Library,
@@ -225,6 +226,7 @@ def test_mistakes_in_a_turn_are_told_and_the_talk_goes_on(
         assert message in line
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_an_answer_and_keeps_what_is_there(
     library: Library, talk: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

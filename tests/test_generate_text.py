@@ -127,6 +127,7 @@ def test_what_is_shown_never_changes_and_never_holds_a_part_of_a_stop_string():
         assert ending.text.startswith(before)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_returns_what_is_there():
     told = []
 

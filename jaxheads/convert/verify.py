@@ -177,7 +177,7 @@ def against_self(model: Model, inputs: Inputs, exact: Model | None = None) -> li
 
     Each check applies where a model has what it compares:
 
-    * "dense": fused attention against attention whose weights exist;
+    * "dense": attention against attention whose maps are asked for;
     * "heads": resid_pre + sum of head_out + bias, with the norms that the config has,
       against resid_mid;
     * "pad left", "pad right": a row in a padded batch against the row alone;
