@@ -69,7 +69,7 @@ EVERYTHING = {
 }
 
 
-@pytest.mark.parametrize("name", EVERYTHING)
+@pytest.mark.parametrize("name", mostly_slow(EVERYTHING, "chunks", "head-wise", "adakv"))
 def test_a_budget_of_everything_is_the_plain_model(name):
     model = tiny_model()
     edits = jh.mask_heads(model.config, [(1, 2)])

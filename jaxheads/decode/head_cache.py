@@ -178,12 +178,15 @@ class HeadCache:
                 full,
                 new,
             )
-        streamed = ring.sees(self.tokens, context)
+        streamed, before = ring.sees(self.tokens, context), None
         if ring.pool.heads:
             width = len(order) - where.choices[0]
             place = Place.of(where.ring[layer], len(order) - count, width, ring.pool.heads)
-            ring = ring.written(new, place, count, streamed)
-        keys = HeadKeys(full, self.ring, new, where, streamed)
+            # Only these heads are needed from before.
+            block = jax.tree.map(place.read, ring)
+            before = (block, where.ring[layer] - place.first)
+            ring = ring.written(new, block, place, count, streamed)
+        keys = HeadKeys(full, before, new, where, streamed)
         return replace(self, full=full, ring=ring), keys
 
 
@@ -193,14 +196,15 @@ class HeadKeys:
 
     Attributes:
       full: with the new tokens.
-      ring: without them.
+      before: the streaming heads without the new tokens, among a block of heads, and the first
+        of them in it; None where no layer has any.
       new: keys and values of the new tokens, full heads first, [B,K,T,...].
       where: which heads are where.
       streamed: which tokens streaming heads see.
     """
 
     full: Pool
-    ring: Ring
+    before: tuple[Ring, Array] | None
     new: Pool
     where: Where
     streamed: Streamed
@@ -246,7 +250,9 @@ class HeadKeys:
             )  # fmt: skip
             parts.append(mix_values(jax.nn.softmax(scores, axis=-1), v))
         if count < heads:
-            ring = cut(self.ring, where.ring[layer], heads - count)
+            assert self.before is not None
+            block, first = self.before
+            ring = cut(block, first, heads - count)
             new = jax.tree.map(lambda leaf: leaf[:, count:], self.new)
             rest = q[:, :, count * group :]
             parts.append(attend_streaming(rest, ring, new, self.streamed, config))

@@ -106,11 +106,14 @@ class Ring:
         turned = slot + (last - slot) // self.recent * self.recent
         return jnp.where(slot > last, -1, jnp.where(slot < self.sinks, slot, turned))
 
-    def written(self, new: Pool, place: Place, first: Array, streamed: Streamed) -> Ring:
+    def written(
+        self, new: Pool, before: Ring, place: Place, first: Array, streamed: Streamed
+    ) -> Ring:
         """With the new tokens of a layer.
 
         Args:
           new: [B,K,T,...], full heads first.
+          before: the block of heads of `place` in this ring.
           place: of the layer's streaming heads in this ring.
           first: int32 scalar, the first of them in `new`.
           streamed: which tokens come and go.
@@ -119,20 +122,20 @@ class Ring:
         source = streamed.source[:, None, :, None]
         mine = jax.tree.map(lambda leaf: jnp.take(leaf, ranks, axis=1), new)
 
-        def put(leaf: Array, x: Array) -> Array:
+        def put(leaf: Array, old: Array, x: Array) -> Array:
             found = jnp.take_along_axis(x, jnp.maximum(source, 0), axis=2)
-            return place.write(leaf, jnp.where(source >= 0, found, place.read(leaf)))
+            return place.write(leaf, jnp.where(source >= 0, found, old))
 
-        pool = jax.tree.map(put, self.pool, mine)
-        if self.dropped is None:
+        pool = jax.tree.map(put, self.pool, before.pool, mine)
+        if self.dropped is None or before.dropped is None:
             return replace(self, pool=pool)
-        old = jax.tree.map(place.read, self.pool).decoded(jnp.float32)
+        old = before.pool.decoded(jnp.float32)
         leaving = streamed.leaving.astype(jnp.float32)
         sums = [
             jnp.einsum("bs,bkse->bke", leaving, jnp.concatenate(pair, axis=2))
             for pair in zip(old, mine.decoded(jnp.float32), strict=True)
         ]
-        total = place.read(self.dropped) + jnp.stack(sums, axis=2)
+        total = before.dropped + jnp.stack(sums, axis=2)
         return replace(self, pool=pool, dropped=place.write(self.dropped, total))
 
 
