@@ -178,7 +178,7 @@ class HeadCache:
                 full,
                 new,
             )
-        streamed, before = ring.sees(self.tokens, context), None
+        streamed, before, alone = ring.sees(self.tokens, context), None, ring.decodes(context)
         if ring.pool.heads:
             width = len(order) - where.choices[0]
             place = Place.of(where.ring[layer], len(order) - count, width, ring.pool.heads)
@@ -186,6 +186,12 @@ class HeadCache:
             block = jax.tree.map(place.read, ring)
             before = (block, where.ring[layer] - place.first)
             ring = ring.written(new, block, place, count, streamed)
+            if alone:
+                # What the one new token overwrites it does not see: it attends to what is there
+                # now. Were the old ring still needed, every write would copy it.
+                before = (ring, where.ring[layer])
+                streamed = ring.seen_alone(self.tokens, context)
+                new = jax.tree.map(lambda leaf: leaf[:, :, :0], new)
         keys = HeadKeys(full, before, new, where, streamed)
         return replace(self, full=full, ring=ring), keys
 

@@ -100,6 +100,28 @@ class Ring:
             leaving=~stays & (keys >= 0),
         )
 
+    def decodes(self, context: Context) -> bool:
+        """Whether one token is read, which sees what is near and nothing else."""
+        return context.positions.shape[1] == 1 and not (self.dense and context.phase == "prefill")
+
+    def seen_alone(self, tokens: Array, context: Context) -> Streamed:
+        """What the query of one token sees of a ring that holds it already.
+
+        Args:
+          tokens: int32 [B], real tokens read before it.
+          context: of the token.
+        """
+        after = tokens + context.token_mask[:, 0]
+        there = self._positions(after) >= 0
+        nothing = jnp.zeros_like(there)
+        return Streamed(
+            visible=there[:, None],
+            hidden=nothing[:, None],
+            before=jnp.maximum(after - there.shape[1], 0),
+            source=jnp.full(there.shape, -1),
+            leaving=nothing,
+        )
+
     def _positions(self, tokens: Array) -> Array:
         """int32 [B,W], the position of the token at each slot after `tokens` [B]; -1 of none."""
         slot, last = jnp.arange(self.sinks + self.recent), tokens[:, None] - 1
