@@ -55,7 +55,7 @@ test: $(READY) ## Run the fast tests
 
 .PHONY: test-slow
 test-slow: $(READY) ## Run the slow tests
-	$(BIN)/python -m pytest -q -m slow
+	XLA_FLAGS= $(BIN)/python -m pytest -q -m slow
 
 .PHONY: lint
 lint: $(READY) ## Check style, format and types

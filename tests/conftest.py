@@ -13,6 +13,9 @@ from typing import Any
 # this when numpy is first imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+# XLA's older way to make loops compiles in half the time. `make test-slow` takes its usual one.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+
 import jax
 import pytest
 
@@ -32,6 +35,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs torch: run `make parity` once"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Small programs take longer to compile than to run: only tests that are `optimised` or `slow`
+    are compiled as they are elsewhere. Before fixtures, so that those of a module are too, and in
+    the environment, so that processes which a test starts do as it does.
+    """
+    quickly = not (item.get_closest_marker("optimised") or item.get_closest_marker("slow"))
+    jax.config.update("jax_disable_most_optimizations", quickly)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs_of_one_file() -> Iterator[None]:
     """Forgets them after each file: each takes memory maps, of which a process may have 65,530,
@@ -42,27 +56,11 @@ def compiled_programs_of_one_file() -> Iterator[None]:
 
 
 @pytest.fixture
-def quickly_compiled() -> Iterator[None]:
-    """For tests whose many small programs take longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
 def interruptible() -> Iterator[None]:
     """For tests that send themselves Ctrl-C, which a process started in the background ignores."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture(scope="module")
-def compiled_as_runs() -> Iterator[None]:
-    """For what is compared with `jaxheads train` in other processes (train_runs.py)."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ SECONDS = 500
 
 
 def launch(
-    function: Callable[..., Any], *arguments: Any, devices: int = 1, optimised: bool = True
+    function: Callable[..., Any], *arguments: Any, devices: int = 1
 ) -> subprocess.Popen[str]:
     """A process that calls a function of a test file, then prints the result as its last line.
 
@@ -36,19 +36,14 @@ def launch(
       function: defined at the top level of a file of this folder.
       arguments: of types that JSON has.
       devices: how many fake devices the process has.
-      optimised: with XLA's optimisations; without them it compiles faster, see `quickly_compiled`.
     """
     command = [sys.executable, __file__, Path(inspect.getfile(function)).stem, function.__name__]
-    options = {
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimised)),
-    }
     return subprocess.Popen(
         [*command, json.dumps(arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | ENVIRONMENT | options,
+        env=os.environ | ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": str(devices)},
     )
 
 
@@ -65,8 +60,8 @@ def result(process: subprocess.Popen[str]) -> Any:
 
 
 def on_eight_devices(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a process of 8 fake devices, without XLA's optimisations."""
-    return result(launch(function, *arguments, devices=8, optimised=False))
+    """What a function returns in a process of 8 fake devices."""
+    return result(launch(function, *arguments, devices=8))
 
 
 def free_address() -> str:

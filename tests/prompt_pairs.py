@@ -4,21 +4,12 @@ import functools
 
 import numpy as np
 import planted
-import pytest
 from tiny import tiny_model, tiny_tokens
 
 from jaxheads import Batch
 from jaxheads.circuits.edge_attribution import edge_attribution
 from jaxheads.circuits.edge_forward import Runner
 from jaxheads.sweep.metrics import LogitDifference
-
-
-@pytest.fixture(autouse=True)
-def compile_in_haste(request: pytest.FixtureRequest) -> None:
-    """All programs but those of the real model take longer to compile than to run."""
-    if "slow" not in request.keywords:
-        request.getfixturevalue("quickly_compiled")
-
 
 VARIANTS = {
     "plain": {},

@@ -17,6 +17,8 @@ import pytest
 
 import jaxheads as jh
 
+pytestmark = pytest.mark.optimised
+
 Arrays = dict[str, np.ndarray]
 SmolLM2 = tuple[Any, Any]
 

@@ -27,13 +27,6 @@ LAYERS, SLOTS, DIFFERENT = 3, 9, 3
 """The runs differ from slot DIFFERENT on, counted with padding on the right."""
 
 
-@pytest.fixture(autouse=True)
-def compile_in_haste(request: pytest.FixtureRequest) -> None:
-    """All programs but those of the real model take longer to compile than to run."""
-    if "slow" not in request.keywords:
-        request.getfixturevalue("quickly_compiled")
-
-
 def pair(side: str) -> tuple[jh.Batch, jh.Batch]:
     """Rows of 9 and 7 tokens."""
     tokens = tiny_tokens(2, SLOTS)

@@ -20,8 +20,6 @@ from jaxheads.train.job import Job
 from jaxheads.train.optimizer import Optimizer
 from jaxheads.train.step import make_step, start
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 
 def dense(batch, vocab_size):
     """p(w | v) [V,V] by Witten and Bell's rule, and u [V], counted in Python."""

@@ -13,7 +13,7 @@ from tiny import close, mostly_slow, tiny_model
 
 import jaxheads as jh
 from jaxheads.decode.kinds import HeadKinds
-from jaxheads.decode.policies import Full, HeadWise, Selected
+from jaxheads.decode.policies import Chunks, Full, HeadWise, Selected
 from jaxheads.evaluate import (
     ANSWER,
     METHODS,
@@ -35,8 +35,6 @@ from jaxheads.report.cache import add_cache, cache_rows
 from jaxheads.tasks.hops import hops
 from jaxheads.tasks.passkeys import passkeys
 from jaxheads.text import Tokenizer
-
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 LENGTH, BUDGET = 88, 0.6
 """One shape for all tests, so that they share programs."""
@@ -222,7 +220,10 @@ def share_of(name: str, bits: int | None = None) -> float:
     return found.share
 
 
-@pytest.mark.parametrize("name", mostly_slow(METHODS, "full", "razor", "adakv"))
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow([name for name in METHODS if name != "long_heads"], "full", "razor", "adakv"),
+)
 def test_every_method_keeps_what_its_budget_says(name):
     share = share_of(name)
     if name == "full":
@@ -233,6 +234,18 @@ def test_every_method_keeps_what_its_budget_says(name):
         # Heads are whole, of six: at most one too few. Beside keys and values (64 bytes a token)
         # lie owners (4) or the sums of compensation.
         assert BUDGET - 1 / 6 < share < BUDGET * (1 + 4 / 64) + 0.01
+
+
+def test_long_heads_sees_what_its_budget_says_and_keeps_all():
+    sizes = {"length": 224, "room": ANSWER}
+    config = model().config
+    policies = [policy_of("long_heads", config, budget=budget, **sizes) for budget in (0.5, 1.0)]
+    assert policies == [Chunks(32, 4), Chunks(32, 8)]
+    few, every = (measure(model(), policy, some(224)) for policy in policies)
+    assert few.share == every.share > 1
+    plain = measure(model(), Full(), some(224)).loss
+    close(every.loss, plain)
+    assert (np.abs(few.loss - plain) > 1e-4).all()
 
 
 @pytest.mark.parametrize("name", mostly_slow(("razor", "adakv"), "adakv"))
@@ -264,6 +277,7 @@ def test_the_highest_scores_are_full_and_razor_compensates():
         ("razor", {"scores": np.zeros((2, 2))}, r"scores must be \[3, 2\] without NaN"),
         ("razor", {"budget": 0.05}, "less than the 4 sinks and 32 recent tokens"),
         ("streaming", {"budget": 0.02}, "leaves none beside the 4 sinks"),
+        ("long_heads", {}, "is 66 a query, which sees at least 3 chunks of 32"),
         ("snapkv", {"budget": 0.3}, "of which the answer takes 32: snapkv keeps at least the last"),
     ],
 )

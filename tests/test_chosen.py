@@ -24,8 +24,6 @@ from jaxheads.train import Fit, Job, Mesh, Optimizer, make_mesh
 from jaxheads.train.hlo import read_program
 from jaxheads.train.losses import language_loss
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 BLOCK, ROWS, LENGTH = 4, 3, 14
 MODELS: dict[str, dict[str, Any]] = {
     "gqa": {},

@@ -11,7 +11,6 @@ from tiny import close, mostly_slow, tiny_model, tiny_tokens
 from jaxheads.decode.chunk_cache import ChunkCache, represented, unrotated
 from jaxheads.model.rotary import rotary_angles, rotate
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 WIDTH = 4
 
 

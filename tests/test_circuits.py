@@ -9,7 +9,6 @@ from prompt_pairs import (
     CLEAN,
     CORRUPTED,
     METRIC,
-    compile_in_haste,  # noqa: F401  (a fixture)
     planted_pair,
     planted_scores,
     runner,

@@ -13,8 +13,6 @@ import jaxheads as jh
 from jaxheads.cli import main
 from jaxheads.text import Tokenizer
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 SMALL = ("--length", "96", "--task", "copy", "--count", "2", "--sinks", "2", "--recent", "6")
 
 

@@ -21,7 +21,6 @@ from jaxheads.sweep.paths import path_patch
 from jaxheads.text import Tokenizer
 
 # Many small programs, each run once or twice.
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 ROWS = [
     {"prompt": f"When Mary and {b} went to the store, {s} gave a book to", "answer": " Mary",

@@ -53,7 +53,6 @@ def test_a_config_says_how_it_is_run_and_what_comes_out(path):
 FAST = ("lofit_counterfactual", "lora_counterfactual", "python_docs_from_scratch")
 
 
-@pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.parametrize(
     "path",
     [

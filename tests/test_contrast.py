@@ -11,8 +11,6 @@ from tiny import close, tiny_model, tiny_tokens
 import jaxheads as jh
 from jaxheads.decode.contrast import Contrasted, DoLa, contrast, divergence
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 CONFIG = tiny_model().config
 MASKED = jh.mask_heads(CONFIG, [(0, 1), (1, 3), (2, 0)])
 ROWS = [tiny_tokens(1, 12)[0].tolist(), tiny_tokens(1, 7, 1)[0].tolist()]

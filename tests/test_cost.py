@@ -10,6 +10,8 @@ from tiny import tiny_model, tiny_tokens
 import jaxheads as jh
 from jaxheads.model.transformer import _forward
 
+pytestmark = pytest.mark.optimised
+
 CONFIG = tiny_model().config
 
 

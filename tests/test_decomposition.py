@@ -21,7 +21,6 @@ SITES = (
     "resid_pre", "attn_in", "q_pre", "k_pre", "q", "k", "v", "z", "attn_out", "resid_mid",
     "mlp_in", "neurons", "mlp_out", "resid_post",
 )  # fmt: skip
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "mha": {"kind": "mha"},

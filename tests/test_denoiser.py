@@ -49,8 +49,6 @@ from jaxheads.train.fit import Fit
 from jaxheads.train.job import Job
 from jaxheads.train.optimizer import Optimizer
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 SHAPE = Shape(n_layers=2, n_heads=4, d_model=16, d_mlp=32)
 CONFIG = dit_config(SHAPE, (8, 8, 1))
 TIMES, CLASSES = np.array([0, 400, 999]), np.array([2, 0, 3])

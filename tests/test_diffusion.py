@@ -8,8 +8,6 @@ from tiny import close
 from jaxheads.methods.diffusion import NoiseSchedule, ddim, guided, noised
 from jaxheads.methods.image_samples import frechet_distance
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 
 def noise_like(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)

@@ -15,7 +15,6 @@ from jaxheads.sweep.direct import direct_effects, effect_split
 from jaxheads.sweep.metrics import LogitDifference, Probability
 from jaxheads.sweep.sweep import ablate_heads
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 ROWS, LENGTH = 2, 9
 LAYER_NORMS = {"norm": "layer", "norm_bias": True}
 VARIANTS = {

@@ -20,8 +20,6 @@ from jaxheads.train.fit import Fit
 from jaxheads.train.job import Job
 from jaxheads.train.optimizer import Optimizer
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 CONFIG = tiny_model().config
 FIT = Fit(steps=60, batch_size=4, optimizer=Optimizer(learning_rate=5e-3))
 METHOD = DraftTraining(

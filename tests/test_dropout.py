@@ -49,7 +49,6 @@ def test_no_rate_changes_nothing():
     np.testing.assert_array_equal(model(tokens, edits=edits).logits, model(tokens).logits)
 
 
-@pytest.mark.usefixtures("quickly_compiled")
 def test_training_drops_and_measuring_does_not():
     model, tokens = tiny_model(), tiny_tokens(8, 8)
     rows = ArrayRows(jh.Batch(tokens, np.ones(tokens.shape, bool)))

@@ -27,8 +27,6 @@ from jaxheads.train.job import Job
 from jaxheads.train.mesh import Mesh, make_mesh
 from jaxheads.train.optimizer import Optimizer
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 LENGTH = 30
 
 

@@ -14,7 +14,6 @@ from prompt_pairs import (
     METRIC,
     VARIANTS,
     batch,
-    compile_in_haste,  # noqa: F401  (a fixture)
     planted_pair,
     planted_scores,
     runner,

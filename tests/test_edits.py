@@ -16,8 +16,6 @@ from tiny import close, tiny_model, tiny_tokens
 import jaxheads as jh
 from jaxheads.model import empty_cache
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 CONFIG = tiny_model().config
 FOURTEEN = [(layer, head) for layer in range(3) for head in range(6)][:14]
 

@@ -17,8 +17,6 @@ from jaxheads.methods.union_of_experts import Selection
 from jaxheads.model.context import Tap
 from jaxheads.train.rules import RULES, paths
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 STEP = 3e-4
 """Of a router's weights, for a difference that approximates a derivative."""
 
@@ -199,10 +197,10 @@ def test_an_expert_attends_among_its_own_tokens(kind, experts):
         close(np.asarray(found["z"])[layer, 0, :, head], expected)
 
 
+@pytest.mark.optimised
 def test_the_choice_is_computed_once():
     model, tokens = model_of(causal=False), tiny_tokens()
     edits = union(model, CHOOSING, None)
-    jax.config.update("jax_disable_most_optimizations", False)
     text = jax.jit(run).lower(model, tokens, edits).compile().as_text()
     # Tokens are sorted twice, for their order and for their places in it.
     assert text.count(" sort(") == 2

@@ -25,6 +25,8 @@ from jaxheads.convert.families import FAMILIES
 from jaxheads.convert.load import load_model
 from jaxheads.convert.native import save
 
+pytestmark = pytest.mark.optimised
+
 TOLERANCE = 1e-4
 """Largest accepted relative difference of a value.
 

@@ -93,7 +93,6 @@ def answer(model: Any) -> np.ndarray:
 QUICK = ("gpt2", "llama_llama3", "bert", "vit")
 
 
-@pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=[pytest.mark.slow] * (c not in QUICK)) for c in OTHER_VALUES]
 )

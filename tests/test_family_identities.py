@@ -20,8 +20,6 @@ from jaxheads.model.models import build
 from jaxheads.model.parameters import flatten, nest
 from jaxheads.sites import COMPUTED_IF_ASKED, CROSS_SITES, SITES, axis_sizes
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 SHORT = 11
 ASKED = {f"{p}{site}" for site in COMPUTED_IF_ASKED for p in ("", "cross.")} - {
     "head_out", "cross.head_out"

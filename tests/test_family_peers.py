@@ -7,7 +7,7 @@ import pytest
 from jaxheads.convert.export import export
 from jaxheads.convert.load import load_model
 
-pytestmark = pytest.mark.peers
+pytestmark = [pytest.mark.peers, pytest.mark.optimised]
 
 LENGTH = 60
 TOLERANCE = 1e-4

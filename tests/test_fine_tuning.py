@@ -23,8 +23,6 @@ from jaxheads.train.job import Job, _step
 from jaxheads.train.optimizer import Optimizer
 from jaxheads.train.select import merge, select
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 FIT = Fit(steps=6, batch_size=4, optimizer=Optimizer(learning_rate=0.01, weight_decay=0.1))
 
 

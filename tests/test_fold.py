@@ -15,8 +15,6 @@ from jaxheads.model import Transformer
 from jaxheads.model.parameters import flatten
 from jaxheads.sites import axis_sizes, find_site
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 CONFIG = tiny_model().config
 HEAD_SITES = ("q_pre", "k_pre", "q", "k", "v", "z", "head_out")
 WIDE = (

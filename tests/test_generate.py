@@ -7,13 +7,11 @@ import pytest
 from tiny import close, mostly_slow, tiny_model, tiny_tokens
 
 import jaxheads as jh
-from jaxheads.decode import Sampler, advance, start
+from jaxheads.decode import Full, Sampler, advance, start
 from jaxheads.decode.head_cache import HeadCache
 from jaxheads.decode.kinds import HeadKinds
 from jaxheads.model import empty_cache
 from jaxheads.taps import head_norm
-
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 CONFIG = tiny_model().config
 EDITS = {
@@ -23,6 +21,7 @@ EDITS = {
 }
 ROWS = [tiny_tokens(1, 12)[0].tolist(), tiny_tokens(1, 7, 1)[0].tolist()]
 NEW = 8
+STREAMING = HeadKinds.all_streaming(CONFIG, sinks=1, recent=4)
 
 
 def by_hand(row, count, edits=None, model=None, width=30, choose=lambda logits, row: logits):
@@ -49,6 +48,21 @@ def test_greedy_equals_uncached_forwards_row_by_row(name, side):
     expected = [by_hand(row, NEW, EDITS[name]) for row in ROWS]
     assert made.rows() == [tokens for tokens, _ in expected]
     close(made.logprobs, [scores for _, scores in expected])
+
+
+@pytest.mark.parametrize("side", mostly_slow(["left", "right"], "left"))
+def test_a_prefix_is_read_both_ways_and_continued(side):
+    prefix = np.array([5, 7])
+    made = jh.generate(tiny_model(), jh.pack(ROWS, side=side), prefix=prefix, max_new_tokens=NEW)
+    causal = jh.generate(tiny_model(), jh.pack(ROWS, side=side), max_new_tokens=NEW)
+    assert made.rows() != causal.rows()
+    for row, count, found in zip(ROWS, prefix, made.rows(), strict=True):
+        row = list(row)
+        for _ in range(NEW):
+            padded = np.asarray([row + [0] * (30 - len(row))])
+            logits = tiny_model()(padded, prefix=np.array([count])).logits
+            row.append(int(np.argmax(logits[0, len(row) - 1])))
+        assert found == row[-NEW:]
 
 
 @pytest.mark.parametrize("kind", mostly_slow(["mha", "gqa", "mqa"], "gqa"))
@@ -81,6 +95,19 @@ def test_chunked_equals_whole(chunk, side):
         )
         assert found.shape == expected.shape
         close(found[:, real], expected[:, real])
+
+
+@pytest.mark.parametrize("fields", [{}, {"windows": (0, 300, 0)}], ids=["whole", "windows"])
+def test_slots_that_nothing_fills_are_left_out(fields):
+    model = tiny_model(context_length=2048, **fields)
+    batch = jh.pack([tiny_tokens(1, n, n)[0].tolist() for n in (700, 641)], side="left")
+    # Pieces end at slots 600 and 1200: chunks lie in the first, across their border, and beyond.
+    cache = empty_cache(model.config, 2, 1200)
+    for first, end in ((0, 256), (256, 512), (512, 668), (668, 700)):
+        part = jh.Batch(batch.tokens[:, first:end], batch.mask[:, first:end])
+        out = model(part, cache=cache)
+        cache = out.cache
+    close(out.logits, model(batch).logits[:, 668:])
 
 
 def test_a_chunk_longer_than_the_prompt_reads_it_whole():
@@ -326,6 +353,20 @@ BAD = {
         {"chunk": 4, "prompt_taps": {"z": head_norm}},
         "prompt tap 'z' has a reducer, which would see one chunk at a time",
     ),
+    "prefix in chunks": (
+        {"prefix": np.array([3]), "chunk": 4},
+        "prefix needs the prompt whole, got chunk=4 for 12 prompt tokens",
+    ),
+    "prefix and policy": ({"prefix": np.array([3]), "policy": Full()}, "in chunks"),
+    "prefix of two rows": ({"prefix": np.array([3, 3])}, r"prefix has shape \(2,\), expected"),
+    "prefix in a ring": (
+        {
+            "prefix": np.array([3]),
+            "cache": HeadCache.empty(CONFIG, STREAMING, 1, 20),
+        },
+        "prefix needs a KVCache, got a HeadCache",
+    ),
+    "prefix too long": ({"prefix": np.array([13])}, r"prefix must lie in 0\.\.12"),
     "logits of chunks": ({"chunk": 4, "prompt_taps": "logits"}, "exists at the last token only"),
     "short cache": (
         {"cache": empty_cache(CONFIG, 1, 15)},

@@ -17,8 +17,6 @@ from jaxheads.cli import chat, generate
 from jaxheads.cli.app import _guarded
 from jaxheads.text import Tokenizer
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 NEW = 6
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}</s>{% endfor %}<s>assistant:"
 

@@ -13,8 +13,6 @@ import jaxheads as jh
 from jaxheads.decode.text import find_stop, text_so_far
 from jaxheads.text import Tokenizer
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 WORDS = ["</s>", "He", "llo", "Ġwor", "ld", "!", "Ċ", "ĊĊ", "User", ":", "Ã", "©", "l"]
 END, WIDTH = 0, 5
 

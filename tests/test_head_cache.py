@@ -15,8 +15,6 @@ from jaxheads.decode.head_cache import HeadCache
 from jaxheads.decode.kinds import HeadKinds
 from jaxheads.model import empty_cache
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 LENGTH = 40
 KINDS = ("mha", "gqa", "mqa")
 PIECES = [7, 1, 7, 1, 1, 7, 7, 7, 1, 1]

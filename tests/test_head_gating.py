@@ -17,7 +17,6 @@ from jaxheads.train.job import Job
 from jaxheads.train.optimizer import Optimizer
 
 SHAPE = (3, 6)
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 def batch_of(rows, seed=0):

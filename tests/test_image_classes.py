@@ -27,8 +27,6 @@ from jaxheads.train.fit import Fit
 from jaxheads.train.job import Job
 from jaxheads.train.optimizer import Optimizer
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 SHAPE = Shape(n_layers=2, n_heads=6, d_model=24, d_mlp=32, patch=4)
 FIT = Fit(steps=15, batch_size=32, optimizer=Optimizer(learning_rate=1e-2))
 METHOD = ImageClasses(

@@ -13,8 +13,6 @@ from jaxheads.train.fit import Fit
 from jaxheads.train.job import Job
 from jaxheads.train.optimizer import Optimizer
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 
 def settings(**changes) -> lofit.Lofit:
     def fit(steps, rate):

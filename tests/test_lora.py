@@ -14,8 +14,6 @@ from jaxheads.train.fit import Fit
 from jaxheads.train.job import Job
 from jaxheads.train.optimizer import Optimizer
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 FIT = Fit(steps=12, batch_size=4, optimizer=Optimizer(learning_rate=0.03, schedule="linear"))
 
 

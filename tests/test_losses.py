@@ -23,7 +23,6 @@ from jaxheads.train.preference import (
 )
 
 MODEL = functools.partial(tiny_model, tied=False)
-quick = pytest.mark.usefixtures("quickly_compiled")
 run_loss = jax.jit(language_loss, static_argnames=("z_loss", "chunk"))
 LENGTHS = [14, 9, 11]
 
@@ -54,7 +53,6 @@ def log_z(logits):
     return top + np.log(np.exp(logits - top[..., None]).sum(-1))
 
 
-@quick
 def test_the_language_loss_is_the_mean_over_targets():
     model, data = MODEL(), batch()
     value, metrics = run_loss(model, data, z_loss=1e-2)
@@ -74,7 +72,6 @@ def test_the_language_loss_is_the_mean_over_targets():
     assert value.dtype == jnp.float32
 
 
-@quick
 def test_answers_alone_give_the_same_loss():
     model, data = MODEL(), batch()
     whole, metrics = run_loss(model, data, z_loss=1e-2)
@@ -83,7 +80,6 @@ def test_answers_alone_give_the_same_loss():
     close(metrics["weight"], others["weight"])
 
 
-@quick
 def test_only_slots_before_targets_have_a_gradient():
     data = batch()
 
@@ -114,7 +110,6 @@ def test_a_text_is_not_predicted_from_the_one_packed_before_it():
     np.testing.assert_array_equal(labels[:, :-1], data.tokens[:, 1:])
 
 
-@quick
 def test_the_gradient_of_the_z_loss_is_twice_log_z_times_the_probabilities():
     logits = 3 * jax.random.normal(jax.random.key(3), (1, 2, 7))
     found = jax.grad(lambda x: jnp.sum(score(x, jnp.zeros((1, 2), int)).log_z ** 2))(logits)
@@ -143,7 +138,6 @@ def test_over_slots_is_the_function_of_all_slots(chunk):
     assert max(widths) <= chunk
 
 
-@quick
 def test_chunks_change_neither_values_nor_gradients():
     """Of parameters and edits, compiled once for each size of chunk."""
 
@@ -230,7 +224,6 @@ def test_bad_pairs_are_named(examples, options, message):
         encode_preferences(examples, Letters(), **options)
 
 
-@quick
 def test_the_log_probability_of_a_row_is_the_sum_over_its_targets():
     model, data = MODEL(), batch()
     logits = logits_of()
@@ -242,7 +235,6 @@ def test_the_log_probability_of_a_row_is_the_sum_over_its_targets():
     close(jax.jit(functools.partial(sequence_logprobs, chunk=5))(model, data), expected)
 
 
-@quick
 def test_preferences_at_the_reference_cost_log_2_and_pull_both_ways():
     model = MODEL()
     pairs = with_reference(model, preferences(), batch_size=2)
@@ -285,7 +277,6 @@ def test_preferences_need_a_reference_and_a_beta():
         dpo_loss(MODEL(), pairs, beta=0)
 
 
-@quick
 @pytest.mark.parametrize("chunk", mostly_slow([None, 5], 5))
 def test_distillation_is_the_divergence_at_a_temperature(chunk):
     student, teacher, data = MODEL(), MODEL("mha"), batch()
@@ -299,7 +290,6 @@ def test_distillation_is_the_divergence_at_a_temperature(chunk):
     assert float(loss(student, student, data)[0]) == 0.0
 
 
-@quick
 def test_gradients_of_distillation_flow_to_the_student_only():
     edits = Edits.identity(MODEL().config, "z")
     teacher = jax.tree.map(lambda leaf: leaf * 0.5, edits)
@@ -319,7 +309,6 @@ def test_gradients_of_distillation_flow_to_the_student_only():
     assert all(leaf.any() for leaf in jax.tree.leaves(edits))
 
 
-@quick
 @pytest.mark.parametrize("site", mostly_slow(["resid_post", "final", "pattern"], "resid_post"))
 def test_hidden_states_are_compared_where_tokens_are_real_and_not_first(site):
     student, teacher, data = MODEL(), tiny_model(tied=False, biases=True), batch()

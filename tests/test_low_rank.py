@@ -16,8 +16,6 @@ from jaxheads.edits.low_rank import lora, restrict_heads
 from jaxheads.model.encoder_decoder import EncoderDecoderConfig
 from jaxheads.model.parameters import flatten
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 SITES = ("q_pre", "k_pre", "v", "attn_out", "mlp_out")
 WEIGHTS = {
     "q_pre": "blocks/attn/q",

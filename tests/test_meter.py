@@ -20,6 +20,8 @@ from jaxheads.train.meter import Meter, Speed, model_flops, peak_flops
 from jaxheads.train.profile import Profile, annotation
 from jaxheads.train.writers import EXTRAS, check_writers, open_writers
 
+pytestmark = pytest.mark.optimised
+
 ROWS, LENGTH = 1, 256
 # Wide enough that what is not a matrix product (norms, softmax) is a percent or two of the work,
 # and of one layer: the compiler counts the body of a scan once.

@@ -11,6 +11,8 @@ import pytest
 
 import jaxheads as jh
 
+pytestmark = pytest.mark.optimised
+
 LONGEST = 512
 """Tokens that the model has positions for; sentence-transformers keeps 256."""
 

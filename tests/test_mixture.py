@@ -15,7 +15,6 @@ from jaxheads.edits.mixture import heads_on
 from jaxheads.edits.route import GATES, Route
 from jaxheads.model.encoder_decoder import EncoderDecoderConfig
 
-quick = pytest.mark.usefixtures("quickly_compiled")
 KEY = jax.random.key(0)
 
 
@@ -204,7 +203,6 @@ def test_smollm2_with_all_heads_on_is_bit_equal(smollm2):
 # --- With other edits -------------------------------------------------------------------------
 
 
-@quick
 def test_masks_and_offsets_compose_with_a_route():
     edits = routed()
     plain = seen(edits)
@@ -221,7 +219,6 @@ def test_masks_and_offsets_compose_with_a_route():
     close(before["z"][0] - plain["z"][0], plain["gates"][0][..., None] * offset[0])
 
 
-@quick
 def test_a_route_acts_where_and_when_it_is_told_to():
     tokens, edits, model = tiny_tokens(), routed(), tiny_model()
     where = np.zeros((2, 14), bool)
@@ -241,7 +238,6 @@ def test_a_route_acts_where_and_when_it_is_told_to():
     assert first != on
 
 
-@quick
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_generation_equals_whole_passes(side):
     edits, model = routed(), tiny_model()
@@ -255,7 +251,6 @@ def test_generation_equals_whole_passes(side):
             row.append(token)
 
 
-@quick
 def test_a_stack_of_routes_is_vmapped():
     many = [
         routed(shared=shared, top_k=top_k, seed=n)
@@ -265,7 +260,6 @@ def test_a_stack_of_routes_is_vmapped():
     close(jax.jit(jax.vmap(run))(jh.Edits.stack(many)), [run(edits) for edits in many])
 
 
-@quick
 def test_one_program_serves_all_routers_and_counts():
     @jax.jit
     @chex.assert_max_traces(n=1)
@@ -279,7 +273,6 @@ def test_one_program_serves_all_routers_and_counts():
     assert len({np.asarray(logits).tobytes() for logits in found}) == 4
 
 
-@quick
 @pytest.mark.parametrize("scores", ["linear", "random"])
 def test_saved_and_read_it_is_the_same(scores, tmp_path):
     edits = routed("two_stage", scores).when("prefill")
@@ -307,7 +300,6 @@ def test_folding_refuses_it_by_name():
         jh.fold(tiny_model(), routed())
 
 
-@quick
 def test_in_half_precision_routers_do_not_round():
     model, edits = tiny_model().astype("bfloat16"), routed(shared=2, top_k=3)
     found = seen(edits, model=model)
@@ -318,7 +310,6 @@ def test_in_half_precision_routers_do_not_round():
     close(one_layer(edits["z"], 1, x).gates, one_layer(edits["z"], 1, x.astype("float32")).gates, 0)
 
 
-@quick
 def test_attention_to_an_encoder_is_routed_by_its_own_input():
     config = EncoderDecoderConfig(
         encoder=CONFIG.replace(causal=False), decoder=CONFIG.replace(cross=True)
@@ -343,7 +334,6 @@ def test_attention_to_an_encoder_is_routed_by_its_own_input():
 # --- Padding and NaN --------------------------------------------------------------------------
 
 
-@quick
 @pytest.mark.parametrize("gates", mostly_slow(GATES, "renormalised"))
 def test_scores_of_nan_spoil_their_own_token_only(gates):
     """In their layer. Attention then hands NaN on to the row, whatever the weight of the key."""
@@ -361,7 +351,6 @@ def test_scores_of_nan_spoil_their_own_token_only(gates):
     np.testing.assert_array_equal(found[:, 0], plain[:, 0])
 
 
-@quick
 def test_rows_of_padding_only_are_finite_and_change_no_other():
     for edits in (routed(), routed("straight_through", "query_norm")):
         batch = jh.pack(tiny_tokens(3).tolist())

@@ -39,16 +39,16 @@ def real(side):
 
 
 @pytest.mark.parametrize("kind", KV_HEADS)
-@pytest.mark.parametrize("how", ["fused", "dense and edited"])
+@pytest.mark.parametrize("how", ["plain", "tapped and edited"])
 def test_a_row_is_the_same_alone_and_padded_on_either_side(kind, how):
     model = tiny_model(kind)
-    options = {} if how == "fused" else {"taps": ("pattern",), "edits": offset_edit()}
+    options = {} if how == "plain" else {"taps": ("pattern",), "edits": offset_edit()}
     alone = model(tiny_tokens()[1:, :SHORT], **options)
     outputs = {side: model(padded(side), **options) for side in ("left", "right")}
     for side, output in outputs.items():
         columns = real(side)
         close(output.logits[1, columns], alone.logits[0])
-        if how != "fused":
+        if how != "plain":
             close(output.taps["pattern"][:, 1, :, columns, columns], alone.taps["pattern"][:, 0])
     # The full row does not see how its neighbour is padded either.
     close(outputs["left"].logits[0], outputs["right"].logits[0])
@@ -66,7 +66,7 @@ def test_a_row_of_padding_only_stays_finite():
     assert np.isfinite(tiny_model()(tiny_tokens(), mask).logits).all()
 
 
-@pytest.mark.parametrize("taps", [(), ("pattern",)], ids=["fused", "dense"])
+@pytest.mark.parametrize("taps", [(), ("pattern",)], ids=["plain", "tapped"])
 def test_a_later_token_changes_nothing_before_it(taps):
     tokens = tiny_tokens()
     changed = tokens.copy()

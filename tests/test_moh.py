@@ -24,8 +24,6 @@ from jaxheads.train.optimizer import Optimizer
 from jaxheads.train.select import select
 from jaxheads.train.step import make_step, start
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 FIT = Fit(steps=6, batch_size=4, optimizer=Optimizer(learning_rate=0.01, schedule="linear"))
 QUERY_NORM = Routed(gates="straight_through", scores="query_norm")
 

@@ -19,8 +19,6 @@ from jaxheads.train.fit import Fit
 from jaxheads.train.job import Job
 from jaxheads.train.optimizer import Optimizer
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 SHAPE = Shape(n_layers=2, n_heads=8, d_model=32, d_mlp=24, context_length=32)
 FIT = Fit(steps=12, batch_size=4, optimizer=Optimizer(learning_rate=0.03, clip=1.0))
 METHOD = MohFromScratch(shape=SHAPE, vocabulary=280, fit=FIT)

@@ -20,6 +20,8 @@ from jax.tree_util import Partial
 
 import jaxheads as jh
 
+pytestmark = pytest.mark.optimised
+
 TOLERANCE = 5e-5
 """Largest accepted relative difference. Measured on x86: 1e-5 at `z`, below 4e-6 elsewhere."""
 

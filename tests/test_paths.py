@@ -14,7 +14,6 @@ from jaxheads.sweep.metrics import LogitDifference
 from jaxheads.sweep.paths import path_patch
 from jaxheads.sweep.receivers import Receiver
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 ROWS, LENGTH = 2, 9
 
 

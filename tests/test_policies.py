@@ -16,8 +16,6 @@ from jaxheads.decode.policies import SELECTIONS, Chunks, Full, HeadWise, Selecte
 from jaxheads.decode.reading import watch
 from jaxheads.decode.select import adakv, h2o, snapkv, task_kv, task_kv_heads
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 ROWS = [tiny_tokens(1, n, n)[0].tolist() for n in (40, 23)]
 NEXT = tiny_tokens(2, 6, 9)
 SMALL = {

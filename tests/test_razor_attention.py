@@ -27,7 +27,6 @@ def by_hand(model, tokens, length, copies):
     return means.reshape(*means.shape[:2], kv, -1).max(axis=-1)
 
 
-@pytest.mark.usefixtures("quickly_compiled")
 def test_scores_are_attention_to_all_earlier_copies():
     model = tiny_model()
     tokens = repeated_tokens(2, length=7, seed=3, vocab_size=50, first_id=1)
@@ -55,7 +54,6 @@ def test_shares_choose_the_best_of_both_scores():
     np.testing.assert_array_equal(np.argsort(-alone, axis=None), np.argsort(-induction, axis=None))
 
 
-@pytest.mark.usefixtures("quickly_compiled")
 def test_kinds_keep_the_shares_and_compensate():
     model = tiny_model()
     options = {"count": 1, "length": 7, "ids": 50, "first_id": 1}

@@ -15,8 +15,6 @@ from jaxheads.model import empty_cache
 from jaxheads.model.context import Context, Tap
 from jaxheads.routing.statistics import head_gates, heads_chosen
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 CONFIG = tiny_model().config
 LOOK = {
     "gates": Tap("attn_out", head_gates),

@@ -21,8 +21,6 @@ from jaxheads.routing.penalty import balance_loss, z_loss
 from jaxheads.routing.statistics import as_metrics
 from jaxheads.train.losses import language_loss
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 ROWS = [t[:n] for t, n in zip(tiny_tokens(4, 14).tolist(), (14, 9, 12, 5), strict=True)]
 METRICS = {"balance", "router_z", "router_entropy", "least_load", "largest_load"}
 

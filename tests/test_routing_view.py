@@ -41,8 +41,6 @@ from jaxheads.routing.specialities import CATEGORIES, lifts, members
 from jaxheads.text import Tokenizer
 from jaxheads.train.workdir import claim
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 WORDS = ("<s>", "The", " cat", " Dog", " 7", ",", "\n", "s", " hat", "mat")
 CAT, COMMON = 2, (2, 3, 4, 5)
 """The token that head 0.1 reads, and the four tokens of the text."""

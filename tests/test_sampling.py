@@ -8,8 +8,6 @@ import pytest
 from jaxheads.decode import Sampler
 from jaxheads.decode.sampling import _cut, penalised, sample
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 DRAWS = 4000
 LOGITS = np.log([0.02, 0.4, 0.08, 0.25, 0.01, 0.15, 0.09]).astype(np.float32)
 NOTHING = np.zeros((DRAWS, 7), bool)

@@ -141,7 +141,6 @@ def bits(array):
     return np.asarray(array).view(np.uint32)
 
 
-@pytest.mark.usefixtures("quickly_compiled")
 def test_all_other_slices_stay_bit_identical_through_training():
     config, params = model().config, model().params
     # Negative zeros, which adding 0.0 would turn into positive ones.

@@ -24,6 +24,8 @@ from jaxheads.methods.retrieval_heads import (
 )
 from jaxheads.train import Fit, Job, Optimizer
 
+pytestmark = pytest.mark.optimised
+
 INDUCTION = {(18, 6): 0.91, (17, 3): 0.79, (17, 4): 0.74, (18, 7): 0.62, (17, 5): 0.58}
 RETRIEVAL = [(18, 6), (17, 3), (17, 4), (23, 2), (18, 7), (23, 7), (17, 5), (20, 6), (24, 4),
              (21, 8)]  # fmt: skip

@@ -17,8 +17,6 @@ from jaxheads.train.job import Job
 from jaxheads.train.optimizer import Optimizer
 from jaxheads.train.step import make_step, start
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 
 class Characters:
     """A character is a token; 2 stands in front of a prompt."""

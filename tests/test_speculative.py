@@ -13,8 +13,6 @@ from jaxheads.decode.speculative import draft, speculate
 from jaxheads.decode.tree import Tree
 from jaxheads.model import empty_cache
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 CONFIG = tiny_model().config
 ROWS = [tiny_tokens(1, 12)[0].tolist(), tiny_tokens(1, 7, 1)[0].tolist()]
 NEW = 10

@@ -18,8 +18,6 @@ from jaxheads.sweep.pairs import first_difference
 from jaxheads.sweep.points import Points
 from jaxheads.sweep.step import Step, Stream
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 LENGTHS = (9, 12, 12)
 DIFFERS = -4
 """The token, counted from the end, in which clean and corrupted prompts differ."""

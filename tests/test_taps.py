@@ -13,6 +13,8 @@ import jaxheads as jh
 from jaxheads.model.context import as_taps
 from jaxheads.sites import axis_sizes
 
+pytestmark = pytest.mark.optimised
+
 CONFIG = tiny_model().config
 SIZES = {**axis_sizes(CONFIG), "B": 2, "T": 14, "S": 14}
 

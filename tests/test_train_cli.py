@@ -29,8 +29,6 @@ from train_runs import (
     until,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_as_runs")
-
 
 @pytest.fixture(scope="module")
 def whole(inputs: Inputs) -> tuple[Path, Path]:

@@ -49,6 +49,7 @@ def test_segments_and_a_cache_are_refused():
         model(tokens, segments=np.ones((2, 6), int), cache=cache)
 
 
+@pytest.mark.optimised
 def test_what_is_kept_changes_memory_and_nothing_else():
     model = tiny_model()
     tokens = tiny_tokens(4, 64)

@@ -30,8 +30,6 @@ from train_runs import (
 import jaxheads as jh
 from jaxheads.model.parameters import flatten
 
-pytestmark = pytest.mark.usefixtures("compiled_as_runs")
-
 
 class Reference(NamedTuple):
     """A run of one process on one device."""

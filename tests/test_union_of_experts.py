@@ -27,9 +27,6 @@ from jaxheads.train.losses import language_loss
 from jaxheads.train.mesh import Mesh, make_mesh
 from jaxheads.train.optimizer import Optimizer
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
-
 # What does not fit is refused.
 
 

@@ -42,7 +42,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def variants(test: Any) -> Any:
     """Runs a test on every variant. Each is a program of its own: they compile, hardly run."""
-    test = pytest.mark.usefixtures("quickly_compiled")(test)
     marked = [
         pytest.param(fields, id=name, marks=[pytest.mark.slow] * (place > 1))
         for place, (name, fields) in enumerate(VARIANTS.items())

@@ -29,7 +29,6 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),  # as in conftest.py
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # these programs take longer to compile than to run
     "OPENBLAS_NUM_THREADS": "1",
     "PYTHONPATH": str(ROOT),
 }

@@ -64,7 +64,8 @@ def cache(
     Args:
         model: A name, a directory or a .gguf file.
         method: One or several. Heads are full by scores: razor, duo (needs --scores), induction,
-            retrieval, random. Tokens are chosen: snapkv, h2o, adakv, task_kv. Others: streaming.
+            retrieval, random. Tokens are chosen: snapkv, h2o, adakv, task_kv. Others: streaming,
+            long_heads (every token is kept, a query sees few).
         budget: Shares of the tokens of a full cache that are kept, in (0, 1].
         length: Tokens of contexts.
         task: needle, passkey, hops (a lookup over two facts), copy (random tokens), text.

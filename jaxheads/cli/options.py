@@ -44,8 +44,8 @@ def load_model(
     model, tokenizer = load_any(name, dtype, placement)
     if not is_causal_lm(model):
         raise ValueError(
-            f"{name} is a {kind_name(model.config)}, but this command needs a causal language "
-            "model; `jaxheads load` takes any kind"
+            f"{name}: this command needs a causal language model, got kind "
+            f"{kind_name(model.config)!r}; `jaxheads load` takes any"
         )
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer.json, which this command needs")

@@ -10,10 +10,13 @@ import numpy as np
 from jaxheads.decode.contrast import Contrasted, DoLa, Model
 from jaxheads.decode.prefill import check_chunked
 from jaxheads.model.batch import Batch
-from jaxheads.model.cache import Cache
+from jaxheads.model.cache import Cache, KVCache
 from jaxheads.model.checks import check_tokens
 from jaxheads.model.context import Tap
+from jaxheads.model.sight import Sight, check_sight
 from jaxheads.model.transformer import Transformer
+
+Array = jax.Array
 
 
 def check_request(
@@ -27,6 +30,7 @@ def check_request(
     stop: Sequence[int],
     prompt_taps: Mapping[str, Tap],
     policy: object | None = None,
+    prefix: Array | np.ndarray | None = None,
 ) -> None:
     """Raises ValueError for what `start` cannot do; the arguments are its own."""
     known = isinstance(model, Transformer | Contrasted | DoLa)
@@ -53,10 +57,38 @@ def check_request(
             )
     if chunk is not None:
         check_chunked(prompt_taps)
+    if prefix is not None:
+        _check_prefix(model, prompts, prefix, chunk=chunk, cache=cache, policy=policy)
     if policy is not None:
         _check_policy(model, prompts, cache, prompt_taps)
     if cache is not None:
         _check_cache(cache, rows, total, told)
+
+
+def _check_prefix(
+    model: Model,
+    prompts: Batch,
+    prefix: Array | np.ndarray,
+    *,
+    chunk: int | None,
+    cache: Cache | None,
+    policy: object | None,
+) -> None:
+    rows, width = prompts.tokens.shape
+    if not isinstance(model, Transformer):
+        raise ValueError(f"prefix needs a plain model, got {type(model).__name__}")
+    if policy is not None:
+        raise ValueError("prefix needs the prompt whole, and a policy reads it in chunks")
+    if chunk is not None and chunk < width:
+        raise ValueError(
+            f"prefix needs the prompt whole, got chunk={chunk} for {width} prompt tokens: a chunk "
+            "cannot see the ones after it"
+        )
+    if cache is not None and not isinstance(cache, KVCache):
+        raise ValueError(
+            f"prefix needs a KVCache, got a {type(cache).__name__}, whose heads see what they keep"
+        )
+    check_sight(model.config, Sight(prefix=prefix), (rows, width), None, "prefill")
 
 
 def _check_policy(

@@ -75,6 +75,7 @@ def generate(
     on_text: OnText | None = None,
     taps: TapsLike = (),
     prompt_taps: TapsLike = (),
+    prefix: Array | np.ndarray | None = None,
     chunk: int | None = None,
     cache: Cache | None = None,
     policy: Policy | None = None,
@@ -107,6 +108,8 @@ def generate(
       taps: what to hand back of every decode step; see `Generated.taps`.
       prompt_taps: what to hand back of the pass over the prompts. `final` and `logits`
         exist at each row's last token only.
+      prefix: int [B], how many first tokens of each prompt see one another in both directions
+        (a prefix language model); the prompt is then read whole.
       chunk: prompt tokens read at a time; None for all at once. The values are the same,
         the memory of the pass is less.
       cache: empty, of B rows and at least T+N slots; consumed: its buffers are reused. None
@@ -117,7 +120,7 @@ def generate(
     Raises:
       ValueError: an option out of range, no key to sample with, prompts that with their
         continuation exceed the model's context or the cache, stop strings without a
-        tokenizer, taps that chunks do not have.
+        tokenizer, taps that chunks do not have, a prefix with chunks or a policy.
     """
     tokens, strings = _stops(stop)
     if tokenizer is None and (strings or on_text is not None):
@@ -131,8 +134,8 @@ def generate(
     )  # fmt: skip
     state = start(
         model, prompts, max_new_tokens=max_new_tokens, sampler=sampler, key=key, stop=tokens,
-        edits=edits, taps=taps, prompt_taps=prompt_taps, samples=samples, chunk=chunk, cache=cache,
-        policy=policy,
+        edits=edits, taps=taps, prompt_taps=prompt_taps, samples=samples, prefix=prefix,
+        chunk=chunk, cache=cache, policy=policy,
     )  # fmt: skip
     if tokenizer is None:
         return _result(advance(model, state, max_new_tokens - 1))

@@ -27,6 +27,7 @@ def prefill(
     edits: Mapping[str, Edit],
     taps: Mapping[str, Tap],
     chunk: int | None,
+    prefix: Array | None = None,
 ) -> tuple[Array, dict[str, Any], Cache]:
     """Reads prompts.
 
@@ -38,6 +39,7 @@ def prefill(
       edits: what to change.
       taps: what to hand back; `check_chunked` says what cannot be, of chunks.
       chunk: tokens read at a time, by a scan that carries the cache; None for all at once.
+      prefix: int [B], first tokens that see one another; only at once, by a `Transformer`.
 
     Returns:
       Logits float32 [B,V] of the token after each row's last, what was tapped, the cache.
@@ -45,7 +47,10 @@ def prefill(
     rows, width = tokens.shape
     last = last_slots(mask)
     if chunk is None or chunk >= width:
-        out = model(tokens, mask, edits=edits, taps=taps, cache=cache, logits_at=last[:, None])
+        sight: dict[str, Any] = {} if prefix is None else {"prefix": prefix}
+        out = model(
+            tokens, mask, edits=edits, taps=taps, cache=cache, logits_at=last[:, None], **sight
+        )
         return out.logits[:, 0], out.taps, cache_of(out)
 
     def read(carry: Carry, start: Array | int, size: int) -> tuple[Carry, dict[str, Any]]:

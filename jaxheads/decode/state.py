@@ -108,6 +108,7 @@ def start(
     taps: TapsLike = (),
     prompt_taps: TapsLike = (),
     samples: int = 1,
+    prefix: Array | np.ndarray | None = None,
     chunk: int | None = None,
     cache: Cache | None = None,
     policy: Policy | None = None,
@@ -128,6 +129,7 @@ def start(
       taps: of decode steps.
       prompt_taps: of the pass over the prompts.
       samples: rows for each prompt.
+      prefix: int [B], first tokens that see one another.
       chunk: prompt tokens read at a time.
       cache: empty; consumed.
       policy: reads the prompts instead, and keeps of them what it keeps.
@@ -143,7 +145,7 @@ def start(
     sampler = Sampler.of(model.config.vocab_size) if sampler is None else sampler
     check_request(
         model, batch, max_new_tokens=max_new_tokens, samples=samples, chunk=chunk, cache=cache,
-        policy=policy, stop=stop, prompt_taps=prompt_taps,
+        policy=policy, stop=stop, prompt_taps=prompt_taps, prefix=prefix,
     )  # fmt: skip
     if sampler.greedy:
         if samples > 1:
@@ -165,8 +167,9 @@ def start(
         logits, cache = read.logits, read.cache
     else:
         logits, found, cache = _read(
-            model, batch, settings.edits, prompt_taps, cache, chunk=chunk, new=max_new_tokens
-        )
+            model, batch, settings.edits, prompt_taps, cache, prefix, chunk=chunk,
+            new=max_new_tokens,
+        )  # fmt: skip
     if samples > 1:
         cache = _repeated(cache, samples)
     progress = _first(model, batch, settings, logits, cache, new=max_new_tokens, samples=samples)
@@ -208,6 +211,7 @@ def _read(
     edits: Mapping[str, Edit],
     taps: dict[str, Tap],
     cache: Cache | None,
+    prefix: Array | None,
     *,
     chunk: int | None,
     new: int,
@@ -216,7 +220,7 @@ def _read(
     tokens, mask = (whole(jnp.asarray(x), 1) for x in (batch.tokens, batch.mask))
     if cache is None:
         cache = cache_for(model, mask, tokens.shape[1] + new)
-    return prefill(model, tokens, mask, cache, edits, taps, chunk)
+    return prefill(model, tokens, mask, cache, edits, taps, chunk, prefix)
 
 
 _repeated = jax.jit(repeated, static_argnums=1)

@@ -3,6 +3,7 @@
 The budget is the share of the tokens of a full cache that is kept, at the end of an answer: what is
 kept of the context and all slots of the answer count for every method. So methods are compared at
 equal numbers of tokens; bytes are measured from the arrays (`jaxheads.evaluate.measure`).
+"long_heads" keeps every token, and its budget is what a query sees of them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from types import MappingProxyType
 import numpy as np
 
 from jaxheads.decode.kinds import HeadKinds
-from jaxheads.decode.policies import SELECTIONS, Full, HeadWise, Policy, Selected
+from jaxheads.decode.policies import SELECTIONS, Chunks, Full, HeadWise, Policy, Selected
 from jaxheads.methods import razor_attention
 from jaxheads.methods.head_scores import score_heads
 from jaxheads.model.config import ModelConfig
@@ -153,6 +154,17 @@ def _task_kv(setting: Setting) -> Policy:
     return _selected("task_kv", setting, sinks=options.sinks, recent=options.recent)
 
 
+def _long_heads(setting: Setting) -> Policy:
+    """Chunks as in the paper, 16 of at most 256 tokens, but wide enough for an answer."""
+    width = min(max(setting.kept // 16, setting.room), 256)
+    if setting.kept < 3 * width:
+        raise ValueError(
+            f"budget {setting.budget:g} of {setting.size} tokens is {setting.kept} a query, which "
+            f"sees at least 3 chunks of {width}"
+        )
+    return Chunks(width, setting.kept // width)
+
+
 def _razor(model: Transformer, tokenizer: Tokenizer, seed: int) -> np.ndarray:
     length = min(120, (model.config.context_length - 1) // 4, model.config.vocab_size - 1)
     return razor_attention.scores(model, length=length, seed=seed, first_id=tokenizer.bos_id or 0)
@@ -214,6 +226,11 @@ METHODS: Mapping[str, CacheMethod] = MappingProxyType(
             "heads unlike the others of their layer are full, for each prompt "
             "(Task-KV, He et al. 2025)",
             _task_kv,
+        ),
+        "long_heads": CacheMethod(
+            "each query sees the chunks that fit it best; the budget is what it sees, and every "
+            "token is kept (LongHeads, Lu et al. 2024)",
+            _long_heads,
         ),
     }
 )

@@ -25,6 +25,9 @@ MASKED = -1e30
 """The logit of a key that a query may not see: finite, so that edits of the logits
 cannot turn it into NaN, and low enough that its weight is exactly zero."""
 
+PIECE = 512
+"""Slots that are worth a program of their own, which leaves those after them out."""
+
 
 def project(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """x [B,T,D] @ weight [D,H,Dh] (+ bias [H,Dh]) -> [B,T,H,Dh]."""
@@ -143,10 +146,13 @@ class Slots:
     Attributes:
       k: [B,S,K,Dh], after position encoding and edits.
       v: [B,S,K,Dh], after edits.
+      used: int32 scalar, first slots that may be seen; None for all. What comes after them is
+        left out of the products, a piece of `PIECE` slots or more at a time.
     """
 
     k: Array
     v: Array
+    used: Array | int | None = None
 
     def extend(self, k: Array, v: Array, context: Context) -> tuple[Slots, Slots]:
         """As `Cached.extend`."""
@@ -165,16 +171,27 @@ class Slots:
         # Not every backend multiplies float16 with float32 sums.
         dtype = jnp.float32 if q.dtype == jnp.float16 else q.dtype
         k, v = (like_heads(whole(kv, 1), q).astype(dtype) for kv in (self.k, self.v))
-        scored = partial(attention_scores, scale=scale, softcap=softcap, bias=bias)
+        scored = partial(attention_scores, scale=scale, softcap=softcap)
         if not context.wants(prefix + "scores", prefix + "pattern"):
 
+            def over(size: int, q: Array, k: Array, v: Array) -> Array:
+                near = None if bias is None else bias[..., :size]
+                scores = scored(q, k[:, :size], allowed[..., :size], bias=near)
+                return mix_values(jax.nn.softmax(scores, axis=-1), v[:, :size])
+
             def mixed(q: Array, k: Array, v: Array) -> Array:
-                return mix_values(jax.nn.softmax(scored(q, k, allowed), axis=-1), v)
+                pieces = min(8, k.shape[1] // PIECE)
+                if self.used is None or q.shape[1] == 1 or pieces < 2:
+                    return over(k.shape[1], q, k, v)
+                sizes = [-(-k.shape[1] * (i + 1) // pieces) for i in range(pieces)]
+                enough = jnp.searchsorted(jnp.asarray(sizes), self.used)
+                return jax.lax.switch(enough, [partial(over, size) for size in sizes], q, k, v)
 
             # The weights [B,H,T,S] are computed again in the backward pass instead of kept.
             z = jax.checkpoint(mixed, prevent_cse=False)(q.astype(dtype), k, v)
             return z.astype(q.dtype), context
-        scores, context = context.visit(prefix + "scores", scored(q.astype(dtype), k, allowed))
+        scores = scored(q.astype(dtype), k, allowed, bias=bias)
+        scores, context = context.visit(prefix + "scores", scores)
         # The mask is the model's: an edit of the logits cannot reveal a key it hides.
         scores = mask_scores(scores, allowed)
         pattern, context = context.visit(prefix + "pattern", jax.nn.softmax(scores, axis=-1))

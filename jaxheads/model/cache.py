@@ -95,7 +95,8 @@ class KVCache:
             return jax.lax.dynamic_update_slice(cache, new, (layer, 0, 0, context.start, 0))
 
         held = replace(self, k=written(self.k, k), v=written(self.v, v))
-        return held, Slots(*(jnp.moveaxis(part[layer], 1, 2) for part in (held.k, held.v)))
+        keys, values = (jnp.moveaxis(part[layer], 1, 2) for part in (held.k, held.v))
+        return held, Slots(keys, values, context.start + k.shape[1])
 
 
 def empty_cache(config: ModelConfig, batch: int, size: int) -> KVCache:
