@@ -135,7 +135,8 @@ def test_training_beats_untrained_heads_and_hydra_beats_medusa():
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, model.params), before)
     frozen = METHOD.measure(Job(), model, data, Tuned())
     found = {kind: METHOD.measure(Job(), model, data, one) for kind, one in tuned.items()}
-    assert list(frozen) == ["loss", "accuracy_1", "accuracy_2", "tokens_per_step"]
+    kept = ["kept_1", "kept_2"]
+    assert list(frozen) == ["loss", "accuracy_1", "accuracy_2", *kept, "tokens_per_step"]
     for kind in tuned:
         assert found[kind]["accuracy_1"] > frozen["accuracy_1"] + 0.1
         assert found[kind]["tokens_per_step"] >= 1

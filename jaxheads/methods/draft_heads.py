@@ -142,7 +142,8 @@ class DraftTraining:
         Returns:
           "loss", mean over heads, nats; "accuracy_1", ..., the share of held-out tokens at which
           the guess of each head is the model's own; "tokens_per_step" of greedy decoding from
-          held-out prompts with the default tree of `speculate`.
+          held-out prompts with the default tree of `speculate`, and "kept_1", ..., the share of
+          its steps in which the draft of each head was kept.
         """
         text = self._text(data, model)
         if tuned is None or tuned.beside is None:
@@ -155,7 +156,8 @@ class DraftTraining:
         rows = text.held_out[np.arange(min(self.prompts, len(text.held_out)))]
         prompts = Batch(*(x[:, : self.prompt_length] for x in (rows.tokens, rows.mask)))
         made = speculate(model, heads, prompts, max_new_tokens=self.new_tokens)
-        return found | {"tokens_per_step": made.tokens_per_step}
+        kept = {f"kept_{i}": float(share) for i, share in enumerate(made.acceptance, 1)}
+        return found | kept | {"tokens_per_step": made.tokens_per_step}
 
     def _text(self, data: Data, model: Transformer) -> TextData:
         if not isinstance(data, TextData):
