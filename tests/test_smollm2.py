@@ -196,6 +196,7 @@ def test_chat_knows_the_capital_of_france(smollm2):
 # LoFiT.
 
 
+@pytest.mark.slow
 def test_lofit_learns_with_a_frozen_model_and_folds(smollm2):
     model, tokenizer = smollm2
     before = jax.tree.map(np.array, model.params)
