@@ -206,6 +206,7 @@ def test_more_edges_than_there_are(
 # Sweeps.
 
 
+@pytest.mark.slow
 def test_ablation_in_batches_is_that_of_all_prompts(
     tiny: Path, own: Path, pair: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,7 +73,7 @@ def run_page(page: Path, namespace: dict[str, Any]) -> None:
 
 SLOW_PAGES = (
     "attribution.md", "caches.md", "circuits.md", "edits-and-taps.md", "generation.md",
-    "methods.md", "paths.md", "sweeps.md", "training.md", "weights.md",
+    "methods.md", "paths.md", "speculative.md", "sweeps.md", "training.md", "weights.md",
 )  # fmt: skip
 """Pages whose code runs for more than a few seconds."""
 

@@ -49,7 +49,6 @@ def routing_taps() -> dict[str, Tap]:
     "case",
     mostly_slow(
         [("mha", 3, True), ("gqa", 2, True), ("gqa", 6, True), ("mqa", 3, True), ("mha", 6, False)],
-        ("gqa", 6, True),
         ("mha", 6, False),
     ),
 )

@@ -110,6 +110,7 @@ def test_the_penalty_is_added_and_the_gates_teach_the_router():
     assert np.abs(gradient[1]).max() > 1e-6 and not gradient[0].any()
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss():
     model, data = new_model(), digits()
     sides = dataclasses.replace(data, held_out=data.train)

@@ -171,6 +171,7 @@ def test_masking_retrieval_heads_spoils_answers_but_not_text(
 # Generation.
 
 
+@pytest.mark.slow
 def test_cached_generation_is_the_greedy_choice_of_uncached_passes(smollm2):
     model, tokenizer = smollm2
     prompt = tokenizer.encode("Once upon a time, in a village by the sea,")

@@ -35,7 +35,7 @@ def heads(kind="hydra", config=CONFIG, **options):
 
 @pytest.mark.parametrize("kind", mostly_slow(["medusa", "hydra", "hydra++"], "hydra++"))
 @pytest.mark.parametrize("attention", mostly_slow(["mha", "gqa", "mqa"], "gqa"))
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", mostly_slow(["left", "right"], "left"))
 def test_greedy_equals_ordinary_decoding(kind, attention, side):
     model, batch = tiny_model(attention), jh.pack(ROWS, side=side)
     guess = heads(kind, model.config)
