@@ -25,23 +25,27 @@ WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"taps": "pattern", "prompt_taps": "z"},
     "penalised": {"repetition_penalty": 1.5},
     "sampled": {"temperature": 1.0, "min_p": 0.01, "top_p": 0.9, "samples": 2, "chunk": 4},
+    # So many slots that those which nothing fills are left out of the products.
+    "long": {"length": 1100, "chunk": 400},
 }
 
 
-def prompts() -> jh.Batch:
+def prompts(length: int = LENGTH) -> jh.Batch:
     """Rows of different lengths."""
-    drawn = np.random.default_rng(0).integers(0, 96, (ROWS, LENGTH))
-    return jh.pack([row[: LENGTH - i].tolist() for i, row in enumerate(drawn)], side="left")
+    drawn = np.random.default_rng(0).integers(0, 96, (ROWS, length))
+    return jh.pack([row[: length - i].tolist() for i, row in enumerate(drawn)], side="left")
 
 
 def generated(mesh: Any, kv_heads: int, options: dict[str, Any]) -> dict[str, np.ndarray]:
-    config = jh.ModelConfig(**SHAPE, n_kv_heads=kv_heads, context_length=64)
+    batch = prompts(options.get("length", LENGTH))
+    options = {name: value for name, value in options.items() if name != "length"}
+    config = jh.ModelConfig(**SHAPE, n_kv_heads=kv_heads, context_length=2048)
     model = jh.Transformer.random(config, jax.random.key(0))
     edits = jh.mask_heads(config, [(0, 1), (1, 5)], "uniform")
     job = Job(mesh=mesh)
     with job.devices():
         out = jh.generate(
-            job.place(model), job.send(prompts()), edits=job.place(edits), max_new_tokens=NEW,
+            job.place(model), job.send(batch), edits=job.place(edits), max_new_tokens=NEW,
             key=jax.random.key(3), **options,
         )  # fmt: skip
     found = {"tokens": out.tokens, "lengths": out.lengths, "logprobs": out.logprobs}
